@@ -1,0 +1,78 @@
+# Every target does its own set-up in .venv; nothing but make and Python 3.11 or newer is needed.
+# `requirements/constraints.txt` pins every version; pyproject.toml says which packages each target needs.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BENCH_THREADS ?= 1
+BIN := .venv/bin
+CONSTRAINTS := requirements/constraints.txt
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+# Idle OpenMP threads that spin would slow down whatever runs beside them.
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint format docs bench clean
+
+help:
+	@echo "make demo      train and explain a small network with an implicit layer (out/quickstart/)"
+	@echo "make test      tests without the slow ones"
+	@echo "make test-all  all tests"
+	@echo "make lint      ruff, mypy, import-linter"
+	@echo "make format    let ruff repair what it can"
+	@echo "make docs      documentation (docs/_build/html/)"
+	@echo "make bench     benchmarks against peers (benchmarks/results/)"
+	@echo "make clean     remove what the targets above have made, .venv too"
+
+# ---------------------------------------------------------------------------------------------------------- set-up
+
+# torch comes first and alone, so that no other package gets to choose its version.
+.venv/.base: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=..."'
+	@echo "Setting up .venv (the first time takes minutes, most of it for torch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(INSTALL) torch
+	@$(INSTALL) hatchling editables
+	@$(INSTALL) --no-build-isolation --editable .
+	@touch $@
+
+# .venv/.dev, .venv/.docs, .venv/.bench, .venv/.examples: the extras of pyproject.toml
+.venv/.%: .venv/.base
+	@$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# --------------------------------------------------------------------------------------------------------- targets
+
+demo: .venv/.examples
+	$(BIN)/python examples/quickstart.py
+
+# Two processes with one thread each. DIFFLAYERS_TEST_DEVICE=cuda runs the same tests on a GPU.
+test: export OMP_NUM_THREADS := 1
+test: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: export OMP_NUM_THREADS := 1
+test-all: .venv/.dev
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: .venv/.docs
+	$(BIN)/sphinx-build -W -n --keep-going -b html docs docs/_build/html
+
+bench: export OMP_NUM_THREADS := $(BENCH_THREADS)
+bench: .venv/.bench
+	$(BIN)/python -m benchmarks --threads $(BENCH_THREADS)
+
+clean:
+	rm -rf .venv build dist out docs/_build benchmarks/results/scratch
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

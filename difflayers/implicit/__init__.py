@@ -1,0 +1,57 @@
+"""The engine: roots, fixed points and minimisers as layers, differentiated by the implicit function theorem.
+
+>>> import torch
+>>> from difflayers.implicit import Anderson, fixed_point
+>>> W = torch.tensor([[0.5, 0.2], [-0.1, 0.4]], requires_grad=True)
+>>> x = torch.tensor([1.0, 2.0])
+>>> z = fixed_point(lambda z, W, x: torch.tanh(W @ z + x), torch.zeros(2), (W, x), solver=Anderson(rtol=1e-6))
+>>> z.sum().backward()
+>>> W.grad.shape
+torch.Size([2, 2])
+"""
+
+from difflayers._solution import Info, Status
+
+from ._adjoints import Implicit, Neumann, OneStep, Unrolled
+from ._anderson import Anderson
+from ._argmin import argmin, argmin_ex
+from ._bisection import Bisection
+from ._engine import ImplicitProblem, solution_map, solution_map_ex
+from ._fixed_point import fixed_point, fixed_point_ex
+from ._iterate import IterativeSolver, Step
+from ._lbfgs import LBFGS
+from ._levenberg_marquardt import LevenbergMarquardt
+from ._newton import Newton
+from ._nonlinear_least_squares import Exact, GaussNewton, nonlinear_least_squares, nonlinear_least_squares_ex
+from ._picard import Picard
+from ._root_find import root_find, root_find_ex
+
+__all__ = [
+    "LBFGS",
+    "Anderson",
+    "Bisection",
+    "Exact",
+    "GaussNewton",
+    "Implicit",
+    "ImplicitProblem",
+    "Info",
+    "IterativeSolver",
+    "LevenbergMarquardt",
+    "Neumann",
+    "Newton",
+    "OneStep",
+    "Picard",
+    "Status",
+    "Step",
+    "Unrolled",
+    "argmin",
+    "argmin_ex",
+    "fixed_point",
+    "fixed_point_ex",
+    "nonlinear_least_squares",
+    "nonlinear_least_squares_ex",
+    "root_find",
+    "root_find_ex",
+    "solution_map",
+    "solution_map_ex",
+]

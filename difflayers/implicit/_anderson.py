@@ -1,0 +1,73 @@
+r"""Anderson acceleration of a fixed-point iteration.
+
+With residuals :math:`g_i = T(z_i) - z_i` of the last m iterates,
+
+.. math:: \min_{\sum\alpha_i = 1} \Big\|\sum_i \alpha_i g_i\Big\|^2, \qquad z^+ = \sum_i \alpha_i (z_i + \beta g_i).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ._iterate import Function, IterativeSolver, Step, size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson(IterativeSolver):
+    """Anderson acceleration; the default for :func:`fixed_point`.
+
+    Stops at ``||T(z) - z|| <= atol + rtol ||T(z)||`` and returns the iterate that was measured; a starved element
+    returns the best one it saw.
+
+    Args:
+        window: Number of iterates that are mixed.
+        damping: The factor beta of the residual part, in (0, 1].
+
+    Source: D. G. Anderson, Iterative procedures for nonlinear integral equations, 1965; H. Walker, P. Ni, 2011.
+    Departure: residuals are scaled to unit length before the normal equations, so that the ridge is relative to each of
+    them. A ridge relative to the largest stalls once the newest residual is small.
+    """
+
+    max_steps: int = 200
+    window: int = 6
+    damping: float = 1.0
+
+    finds: ClassVar[str] = "fixed_point"
+    keeps_best: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window: expected at least 1, got {self.window}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping: expected a number in (0, 1], got {self.damping}")
+
+    def step(self, function: Function, z: Tensor, state: Any, k: int) -> Step:
+        """One evaluation of the update and one mixing."""
+        new = function(z)
+        move = new - z
+        target = new if self.damping == 1.0 else z + self.damping * move
+        error = size(move)
+        if k == 0 or self.window == 1:
+            state = (move.unsqueeze(-2), target.unsqueeze(-2), error.unsqueeze(-1))
+            return Step(target, state, z, error, size(new))
+        moves, targets, sizes = (
+            torch.cat([old[(..., slice(1 - self.window, None), *[slice(None)] * tail)], fresh], -1 - tail)
+            for old, fresh, tail in zip(
+                state, (move.unsqueeze(-2), target.unsqueeze(-2), error.unsqueeze(-1)), (1, 1, 0), strict=True
+            )
+        )
+        tiny = torch.finfo(z.dtype).tiny
+        unit = moves / sizes.clamp_min(tiny).unsqueeze(-1)
+        m = unit.shape[-2]
+        ridge = torch.eye(m, dtype=z.dtype, device=z.device) * (100 * torch.finfo(z.dtype).eps)
+        factor, _ = torch.linalg.cholesky_ex(unit @ unit.mT + ridge)
+        weight = error.clamp_min(tiny).unsqueeze(-1) / sizes.clamp_min(tiny)  # the constraint, in scaled variables
+        alpha = torch.cholesky_solve(weight.unsqueeze(-1), factor).squeeze(-1) * weight
+        alpha = alpha / alpha.sum(-1, keepdim=True)
+        mixed = (alpha.unsqueeze(-2) @ targets).squeeze(-2)
+        return Step(mixed, (moves, targets, sizes), z, error, size(new))

@@ -1,0 +1,151 @@
+"""Refuses functions that would lose a gradient silently: captured tensors, and residuals that couple batch elements.
+
+A tensor that an inner function takes from its surroundings receives no gradient through the implicit function theorem,
+because the engine never sees it. Constants may be captured; anything that is differentiated may not.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import optree
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+_functorch = torch._C._functorch
+
+
+def _differentiated(t: Tensor) -> bool:
+    """Whether a derivative or a ``vmap`` follows `t` at any level. Under ``torch.func`` constants are wrapped too."""
+    while True:
+        if _functorch.is_batchedtensor(t) or t.requires_grad:
+            return True
+        if t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None:
+            return True
+        if not _functorch.is_functorch_wrapped_tensor(t):
+            return False
+        t = _functorch.get_unwrapped(t)
+
+
+def _held(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Names and values a callable holds on to: closure cells, defaults, partial arguments, a bound self."""
+    if isinstance(function, functools.partial):
+        yield from ((f"argument {i} of the partial", a) for i, a in enumerate(function.args))
+        yield from ((f"argument `{k}` of the partial", a) for k, a in function.keywords.items())
+        yield from _held(function.func, depth)
+        return
+    if isinstance(function, torch.nn.Module):
+        yield "the module itself", function
+        return
+    owner = getattr(function, "__self__", None)
+    if owner is not None and not isinstance(owner, type(torch)):
+        yield "the bound `self`", owner
+        function = function.__func__ if hasattr(function, "__func__") else function
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    if code is not None and cells:
+        for name, cell in zip(code.co_freevars, cells, strict=True):
+            try:
+                content = cell.cell_contents
+            except ValueError:  # a cell that is not filled yet holds nothing
+                continue
+            yield f"`{name}`", content
+            if depth < 3 and callable(content) and not isinstance(content, torch.nn.Module | type):
+                yield from _held(content, depth + 1)
+    defaults = getattr(function, "__defaults__", None)
+    for i, value in enumerate(defaults or ()):
+        yield f"default argument {i}", value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, torch.nn.Module):
+        yield from value.parameters()
+        yield from value.buffers()
+    elif isinstance(value, list | tuple | dict):
+        yield from (leaf for leaf in optree.tree_leaves(value) if isinstance(leaf, Tensor))
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from (leaf for leaf in vars(value).values() if isinstance(leaf, Tensor))
+
+
+def _refuse(name: str, argument: str) -> None:
+    raise ValueError(
+        f"{argument}: expected a function of its arguments alone, got one that captures {name}, a tensor that is being "
+        "differentiated; its gradient would be lost. Pass it in `args` (for a module: implicit.FixedPoint, or "
+        "torch.func.functional_call with its parameters in `args`)"
+    )
+
+
+def refuse_held(function: Any, argument: str) -> None:
+    """Looks at what the callable holds, before anything is evaluated."""
+    for name, value in _held(function):
+        for t in _tensors(value):
+            if _differentiated(t):
+                _refuse(name, argument)
+
+
+def refuse_seen(outputs: Sequence[Tensor], argument: str) -> None:
+    """Looks at the result of an evaluation on constants: whatever is differentiated in it was captured."""
+    for t in outputs:
+        if _differentiated(t):
+            _refuse("from an outer scope", argument)
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform is running."""
+    return bool(_functorch.maybe_current_level())
+
+
+class Seen:
+    """Functions that have passed a check, remembered as long as they live.
+
+    A function without a closure is remembered by its code, so that a lambda written in a ``forward`` is checked once.
+    """
+
+    def __init__(self) -> None:
+        self._objects: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def first_time(self, function: Any) -> bool:
+        """True once per function."""
+        key = function
+        if getattr(function, "__closure__", ()) is None and getattr(function, "__defaults__", ()) is None:
+            key = function.__code__
+        try:
+            if key in self._objects:
+                return False
+            self._objects.add(key)
+        except TypeError:  # not hashable, or no weak references: check every time
+            return True
+        return True
+
+
+def refuse_coupling(function: Callable[[Tensor], Tensor], z: Tensor, event_ndim_name: str, argument: str) -> None:
+    """Finds batch elements that see each other: the gradient of one in the unknown of another.
+
+    Two products with random-looking cotangents on every other element of the flattened batch; plain tensors.
+    """
+    batch = z.shape[:-1]
+    if batch.numel() < 2:
+        return
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        out = function(z)
+        if not out.requires_grad:
+            return
+        count = batch.numel()
+        odd = (torch.arange(count, device=z.device) % 2).bool().reshape(batch)
+        weight = torch.cos(torch.arange(out.numel(), device=z.device, dtype=z.dtype)).reshape(out.shape) + 1.5
+        for chosen in (odd, ~odd):
+            mask = chosen.reshape(chosen.shape + (1,) * (out.ndim - chosen.ndim))
+            (g,) = torch.autograd.grad(out, z, torch.where(mask, weight, 0), retain_graph=True)
+            leak = torch.where(chosen.unsqueeze(-1), 0, g)
+            if bool((torch.isfinite(leak) & (leak != 0)).any()):
+                raise ValueError(
+                    f"{argument}: expected batch elements that do not see each other, got one whose value at an element "
+                    "depends on another (a mean over the batch, BatchNorm, attention across it?); its gradient would be "
+                    f"wrong. Raise `{event_ndim_name}` so that coupled elements form one unknown"
+                )

@@ -1,0 +1,198 @@
+"""The loop that every iterative solver runs in: per-element stopping with one flag read back per check.
+
+A solver is a `start` and a `step`, both pure functions of tensors. :func:`iterate` runs them without gradient and stops
+each element on its own; :func:`unroll` runs the same step a fixed number of times under autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difflayers._checks import default_rtol
+from difflayers._solution import Info, Status
+
+Function = Callable[[Tensor], Tensor]
+
+
+class Step(NamedTuple):
+    """What a solver says after one step; all per batch element.
+
+    `z` and `state` go into the next step. `final` is the value to return if this element stops here, `error` its error
+    measure and `scale` what the error is compared with. `status`, where not None, ends elements with a code above 0.
+    """
+
+    z: Tensor
+    state: Any
+    final: Tensor
+    error: Tensor
+    scale: Tensor
+    status: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterativeSolver:
+    """Options every iterative solver has.
+
+    Args:
+        rtol: Relative tolerance. None: 1e-10 in float64, 1e-5 in float32.
+        atol: Absolute tolerance, added.
+        max_steps: Largest number of steps.
+        check_every: Steps between read-backs of the stopping flag. None: exactly `max_steps` steps and no read-back.
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int = 100
+    check_every: int | None = 1
+
+    finds: ClassVar[str] = "root"
+    keeps_best: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
+        if self.check_every is not None and self.check_every < 1:
+            raise ValueError(f"check_every: expected at least 1 or None, got {self.check_every}")
+        if self.rtol is not None and self.rtol < 0:
+            raise ValueError(f"rtol: expected a number of at least 0, got {self.rtol}")
+        if self.atol < 0:
+            raise ValueError(f"atol: expected a number of at least 0, got {self.atol}")
+
+    def start(self, function: Function, z: Tensor) -> Any:
+        """The state before the first step."""
+        return None
+
+    def step(self, function: Function, z: Tensor, state: Any, k: int) -> Step:
+        """One step from `z`."""
+        raise TypeError(f"{type(self).__name__} defines no step")
+
+    def solve(self, function: Function, z: Tensor) -> tuple[Tensor, Info]:
+        """Runs to the tolerance, without gradient."""
+        return iterate(self, function, z)
+
+
+def iterate(solver: IterativeSolver, function: Function, z: Tensor) -> tuple[Tensor, Info]:
+    """Runs `solver` from `z` of shape ``(*batch, n)`` until every element has stopped.
+
+    An element stops at ``error <= atol + rtol * scale``, with a floor of a few rounding units of its first scale (so
+    that a solution at zero is reached too), or when its error is no longer a number. Elements that have stopped go on
+    iterating unseen: their result is already stored, and no element sees another.
+    """
+    batch, every = z.shape[:-1], solver.check_every
+    counts = torch.zeros(batch, dtype=torch.int64, device=z.device)
+    if z.numel() == 0:
+        return z, Info(counts, counts, torch.zeros(batch, dtype=z.dtype, device=z.device))
+    rtol = default_rtol(solver.rtol, z.dtype)
+    state = solver.start(function, z)
+    floor = stored = best = None
+    remaining = total = counts.numel()
+    for k in range(solver.max_steps):
+        s = solver.step(function, z, state, k)
+        if floor is None:
+            floor = s.scale * (4 * torch.finfo(z.dtype).eps) + solver.atol
+        last = k + 1 == solver.max_steps
+        if last or (every is not None and (k + 1) % every == 0):
+            active = s.error > torch.add(floor, s.scale, alpha=rtol)  # False for NaN: nothing more to be had
+            if s.status is not None:
+                active = active & (s.status == 0)
+            if stored is not None:
+                active = active & stored.active
+            if solver.keeps_best:
+                best = _Best.update(best, s)
+            if not (last and every is None):
+                before, remaining = remaining, int(active.sum()) if total > 1 else int(active)
+                if remaining < before or last:
+                    stored = _Stored.update(stored, s, active, counts, k + 1, best if last else None)
+                if remaining == 0:
+                    break
+            else:
+                stored = _Stored.update(stored, s, active, counts, k + 1, best)
+        z, state = s.z, s.state
+    assert stored is not None
+    status = torch.where(stored.active, int(Status.MAX_STEPS), stored.status)
+    status = torch.where(torch.isfinite(stored.error), status, _at_least(status, Status.DIVERGED))
+    return stored.final, Info(status, stored.steps, stored.error)
+
+
+def _at_least(status: Tensor, floor: Status) -> Tensor:
+    return torch.where(status > Status.MAX_STEPS, status, int(floor))
+
+
+class _Best(NamedTuple):
+    """The iterate with the smallest error so far: what a starved element returns."""
+
+    final: Tensor
+    error: Tensor
+
+    @staticmethod
+    def update(best: _Best | None, s: Step) -> _Best:
+        if best is None:
+            return _Best(s.final, s.error)
+        better = ~(s.error >= best.error)
+        return _Best(torch.where(better.unsqueeze(-1), s.final, best.final), torch.where(better, s.error, best.error))
+
+
+class _Stored(NamedTuple):
+    """Results of the elements that have stopped; entries of active ones are stale until they stop."""
+
+    final: Tensor
+    error: Tensor
+    steps: Tensor
+    status: Tensor
+    active: Tensor
+
+    @staticmethod
+    def update(old: _Stored | None, s: Step, active: Tensor, zeros: Tensor, k: int, best: _Best | None) -> _Stored:
+        final, error = s.final, s.error
+        status = zeros if s.status is None else s.status
+        if best is not None:
+            starved = active & torch.isfinite(best.error)
+            final = torch.where(starved.unsqueeze(-1), best.final, final)
+            error = torch.where(starved, best.error, error)
+        if old is None:
+            return _Stored(final, error, zeros + k, status, active)
+        now = old.active  # stopped since the last update, or still running: refresh both
+        return _Stored(
+            torch.where(now.unsqueeze(-1), final, old.final),
+            torch.where(now, error, old.error),
+            torch.where(now, k, old.steps),
+            torch.where(now, status, old.status),
+            active,
+        )
+
+
+def unroll(solver: IterativeSolver, function: Function, z: Tensor, max_steps: int) -> tuple[Tensor, Info]:
+    """Exactly `max_steps` steps under autograd, never stopping on data; finished elements keep their value."""
+    rtol = default_rtol(solver.rtol, z.dtype)
+    state = solver.start(function, z)
+    floor = result = error = None
+    active = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device)
+    steps = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
+    status = torch.zeros_like(steps)
+    for k in range(max_steps):
+        s = solver.step(function, z, state, k)
+        if floor is None:
+            floor = s.scale.detach() * (4 * torch.finfo(z.dtype).eps) + solver.atol
+        steps = steps + active
+        result = s.final if result is None else torch.where(active.unsqueeze(-1), s.final, result)
+        error = s.error.detach() if error is None else torch.where(active, s.error.detach(), error)
+        if s.status is not None:
+            status = torch.where(active, s.status, status)
+        # while it runs on, a finished element stays where it is: its unused steps are finite, so are their zero gradients
+        z = torch.where(active.unsqueeze(-1), s.z, result.detach())
+        state = s.state
+        active = active & (s.error.detach() > torch.add(floor, s.scale.detach(), alpha=rtol)) & (status == 0)
+    assert result is not None and error is not None
+    status = torch.where(active, int(Status.MAX_STEPS), status)
+    status = torch.where(torch.isfinite(error), status, _at_least(status, Status.DIVERGED))
+    return result, Info(status, steps, error)
+
+
+def size(z: Tensor) -> Tensor:
+    """Euclidean norm of each event."""
+    return torch.linalg.vector_norm(z, dim=-1)

@@ -1,0 +1,139 @@
+r"""L-BFGS: :math:`z \leftarrow z - t\,H_k \nabla f(z)` with an inverse Hessian from the last steps, for smooth minima."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import vjp
+
+from difflayers._solution import Info, Status
+
+from ._iterate import Function, IterativeSolver, Step, iterate, size
+from ._newton import polish
+
+_SHORTEST = 1e-18  # relative to the first trial of a search: no descent at any length
+
+
+class _State(NamedTuple):
+    f: Tensor
+    g: Tensor
+    p: Tensor  # search direction
+    t: Tensor  # trial length, bracketed by lower and upper
+    lower: Tensor
+    upper: Tensor
+    S: Tensor  # (*batch, history, n) steps, newest last
+    Y: Tensor  # (*batch, history, n) changes of the gradient
+    rho: Tensor  # (*batch, history) 1 / <s, y>; 0 for an empty slot
+    largest: Tensor  # largest gradient norm seen
+    stiffness: Tensor  # ||y|| / ||s|| of the newest pair
+
+
+def value_and_gradient(objective: Function, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The objective of every element and its gradient in `z`."""
+    f, pull = vjp(objective, z)
+    return f, pull(torch.ones_like(f))[0]
+
+
+def gradient_of(objective: Function) -> Function:
+    """The gradient as a function."""
+    return lambda z: value_and_gradient(objective, z)[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LBFGS(IterativeSolver):
+    """Limited-memory BFGS with a weak-Wolfe bisection search; the default for :func:`argmin`.
+
+    Every element runs its own line search: one step is one trial, so no element waits for another. Stops at
+    ``||grad|| <= atol + rtol * max(largest ||grad|| seen, curvature * ||z||)``. Events up to 64 numbers end with at most
+    two Newton steps, kept where they reduce the gradient.
+
+    Args:
+        history: Number of remembered steps.
+
+    Source: J. Nocedal, Updating quasi-Newton matrices with limited storage, 1980; line search: A. Lewis, M. Overton,
+    Nonsmooth optimization via quasi-Newton methods, 2013, algorithm 2.6.
+    Departure: near the rounding level of the objective the sufficient decrease is judged by slopes (W. Hager, H. Zhang,
+    2005).
+    """
+
+    max_steps: int = 500
+    history: int = 8
+
+    finds: ClassVar[str] = "minimum"
+
+    def start(self, function: Function, z: Tensor) -> Any:
+        """Steepest descent with a first trial as long as the point is far from zero."""
+        f, g = value_and_gradient(function, z)
+        memory = z.new_zeros(*z.shape[:-1], self.history, z.shape[-1])
+        norm = size(g)
+        first = size(z).clamp_min(1.0) / torch.where(norm > 0, norm, 1)
+        zero = torch.zeros_like(f)
+        return _State(
+            f, g, -g, first, zero, zero + math.inf, memory, memory, memory[..., 0], norm, zero
+        )  # fmt: skip
+
+    def step(self, function: Function, z: Tensor, state: Any, k: int) -> Step:
+        """One trial of the line search, and a new direction where it is accepted."""
+        s: _State = state
+        trial = z + s.t.unsqueeze(-1) * s.p
+        f, g = value_and_gradient(function, trial)
+        slope, slope_trial = (s.g * s.p).sum(-1), (g * s.p).sum(-1)
+        noise = 4 * torch.finfo(z.dtype).eps * s.f.abs()
+        decrease = (f <= s.f + 1e-4 * s.t * slope) | ((f <= s.f + noise) & (slope_trial <= -0.9998 * slope))
+        accept = decrease & (slope_trial >= 0.9 * slope)
+        upper = torch.where(decrease, s.upper, s.t)
+        lower = torch.where(decrease & ~accept, s.t, s.lower)
+        retry = torch.where(torch.isinf(upper), 2 * s.t, (lower + upper) / 2)
+
+        pair_s, pair_y = s.t.unsqueeze(-1) * s.p, g - s.g
+        product = (pair_s * pair_y).sum(-1)
+        usable = accept & (product > 0)
+        S, Y = _push(s.S, pair_s, usable), _push(s.Y, pair_y, usable)
+        inverse = 1 / torch.where(usable, product, 1)
+        rho = _push(s.rho.unsqueeze(-1), inverse.unsqueeze(-1), usable).squeeze(-1)
+        stiffness = torch.where(usable, size(pair_y) / torch.where(usable, size(pair_s), 1), s.stiffness)
+        keep = accept.unsqueeze(-1)
+        z_next, g_next, f_next = torch.where(keep, trial, z), torch.where(keep, g, s.g), torch.where(accept, f, s.f)
+        p = torch.where(keep, -_two_loops(g_next, S, Y, rho), s.p)
+        p = torch.where(((p * g_next).sum(-1) < 0).unsqueeze(-1), p, -g_next)
+        largest = torch.maximum(s.largest, size(g_next))
+        scale = torch.maximum(largest, stiffness * size(z_next))
+        stuck = ~accept & (s.upper < _SHORTEST * size(z).clamp_min(1.0))
+        unbounded = torch.isneginf(f) | (s.t > 1 / _SHORTEST) & ~accept
+        status = torch.where(stuck, int(Status.MAX_STEPS), torch.where(unbounded, int(Status.UNBOUNDED), 0))
+        new = _State(
+            f_next, g_next, p,
+            torch.where(accept, 1.0, retry), torch.where(accept, 0.0, lower), torch.where(accept, math.inf, upper),
+            S, Y, rho, largest, stiffness,
+        )  # fmt: skip
+        return Step(z_next, new, z_next, size(g_next), scale, status)
+
+    def solve(self, function: Function, z: Tensor) -> tuple[Tensor, Info]:
+        """Runs to the tolerance, then sharpens small events."""
+        z, info = iterate(self, function, z)
+        return (z if self.check_every is None else polish(gradient_of(function), z)), info
+
+
+def _push(memory: Tensor, new: Tensor, where: Tensor) -> Tensor:
+    """The memory with a new last row, for the elements in `where`."""
+    shifted = torch.cat([memory[..., 1:, :], new.unsqueeze(-2)], -2)
+    return torch.where(where[..., None, None], shifted, memory)
+
+
+def _two_loops(g: Tensor, S: Tensor, Y: Tensor, rho: Tensor) -> Tensor:
+    """``H g`` (Nocedal 1980); empty slots have rho = 0 and drop out."""
+    q, alphas = g, []
+    for i in reversed(range(S.shape[-2])):
+        alpha = rho[..., i] * (S[..., i, :] * q).sum(-1)
+        q = q - alpha.unsqueeze(-1) * Y[..., i, :]
+        alphas.append(alpha)
+    newest = (Y[..., -1, :] ** 2).sum(-1) * rho[..., -1]
+    q = q / torch.where(newest > 0, newest, 1).unsqueeze(-1)
+    for i, alpha in enumerate(reversed(alphas)):
+        beta = rho[..., i] * (Y[..., i, :] * q).sum(-1)
+        q = q + (alpha - beta).unsqueeze(-1) * S[..., i, :]
+    return q

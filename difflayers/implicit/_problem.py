@@ -1,0 +1,379 @@
+"""From a user's function to a problem the engine can solve: pytrees, batch dimensions, checks.
+
+Inside, every unknown is one tensor ``(*batch, n)`` and the arguments are a flat tuple of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
+from difflayers._solution import Info, OnFailure, Solution, check_policy, settle, timed
+from difflayers.linalg._system import autocast_off, forward_mode, primal
+
+from ._adjoints import Adjoint, OneStep, Unrolled
+from ._captured import Seen, refuse_coupling, refuse_held, refuse_seen, transforms_active
+from ._engine import ImplicitProblem, SolutionMap, Task
+from ._iterate import Function, IterativeSolver, unroll
+
+_uncoupled = Seen()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a family of inner problems means.
+
+    Attributes:
+        name: The public function.
+        argument: Name of its function argument.
+        residual: Turns ``function(z, *args)`` into the optimality residual.
+        adapt: For every ``solver.finds`` that fits, turns ``function(z)`` into what that solver works on.
+        scalar: The function returns one number per element.
+        like_unknown: The function returns the structure of the unknown.
+        symmetric: The Jacobian of the residual is symmetric.
+        one_step: The residual is ``z - T(z)``, so that the identity may stand for its Jacobian.
+    """
+
+    name: str
+    argument: str
+    residual: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    adapt: dict[str, Callable[[Function], Function]]
+    scalar: bool = False
+    like_unknown: bool = True
+    symmetric: bool = False
+    one_step: bool = False
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InnerProblem(ImplicitProblem):
+    """A problem given by a user's function, which can be vmapped where its arguments have no declared dimensions."""
+
+    kind: Kind
+    function: Callable[..., Tensor]
+    solver: IterativeSolver
+    curvature: Callable[..., Any] | None = None
+    check_coupling: bool = False
+
+    @staticmethod
+    def make(
+        kind: Kind, function: Callable[..., Tensor], solver: IterativeSolver, curvature: Any, **options: Any
+    ) -> InnerProblem:
+        """The problem of `function`: its residual, its solve, its approximate curvature if any."""
+
+        def solve(init: Tensor, *args: Tensor) -> tuple[Tensor, Info, tuple[Tensor, ...]]:
+            args = tuple(a.detach() for a in args)
+            at = lambda z: function(z, *args)  # noqa: E731
+            init, watched = init.detach(), _watch_first(at, kind.argument)
+            if not kind.like_unknown:  # the solver sees derivatives of it, where nothing could be told
+                watched(init)
+                watched = at
+            value, info = solver.solve(kind.adapt[solver.finds](watched), init)
+            if options.get("check_coupling"):
+                refuse_coupling(at, value, "event_ndim", kind.argument)
+            return value, info, ()
+
+        return InnerProblem(
+            kind=kind,
+            function=function,
+            solver=solver,
+            curvature=curvature,
+            solve=solve,
+            residual=kind.residual(function),
+            value_ndim=1,
+            symmetric=kind.symmetric,
+            jacobian_product=None if curvature is None else curvature(function),
+            name=kind.name,
+            **options,
+        )
+
+    def lift(self, in_dims: tuple[int | None, ...]) -> InnerProblem:
+        return InnerProblem.make(
+            self.kind,
+            vmap(self.function, in_dims=(0, *in_dims)),
+            self.solver,
+            self.curvature,
+            arg_ndims=None,
+            adjoint=self.adjoint,
+            arg_names=self.arg_names,
+            check_coupling=self.check_coupling,
+        )
+
+
+def same(function: Function) -> Function:
+    """For solvers that work on the function as it is."""
+    return function
+
+
+def _watch_first(function: Function, argument: str) -> Function:
+    """`function`, its first evaluation under grad mode on constants: a result that needs a gradient captured something."""
+    fresh = True
+
+    def watched(z: Tensor) -> Tensor:
+        nonlocal fresh
+        if not fresh:
+            return function(z)
+        fresh = False
+        with torch.enable_grad(), forward_mode():
+            out = function(z)
+            refuse_seen([out], argument)
+        return out.detach()
+
+    return watched
+
+
+class Unknown:
+    """The unknown's pytree and its flat form ``(*batch, n)``."""
+
+    def __init__(self, tree: Any, event_ndim: int) -> None:
+        leaves, self.spec = optree.tree_flatten(tree)
+        if not leaves:
+            raise ValueError("init: expected a tensor or a pytree of tensors, got an empty tree")
+        if event_ndim < 0:
+            raise ValueError(f"event_ndim: expected at least 0, got {event_ndim}")
+        names = ["init"] if len(leaves) == 1 and self.spec.is_leaf() else _leaf_names(tree, "init")
+        for name, leaf in zip(names, leaves, strict=True):
+            check_tensor(name, leaf, min_ndim=event_ndim)
+        check_same(zip(names, leaves, strict=True))
+        self.leaves: list[Tensor] = leaves
+        self.dtype = leaves[0].dtype
+        self.event_ndim = event_ndim
+        self.events = [leaf.shape[leaf.ndim - event_ndim :] for leaf in leaves]
+        self.sizes = [event.numel() for event in self.events]
+        self.batch = broadcast_batch(
+            (name, tuple(leaf.shape[: leaf.ndim - event_ndim])) for name, leaf in zip(names, leaves, strict=True)
+        )
+        self.plain = self.spec.is_leaf() and event_ndim == 1
+
+    def start(self, batch: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The given values as the solver's start."""
+        leaves = [leaf.detach().to(dtype).expand(*batch, *e) for leaf, e in zip(self.leaves, self.events, strict=True)]
+        return leaves[0] if self.plain else self.join(leaves, batch)
+
+    def join(self, leaves: Sequence[Tensor], batch: tuple[int, ...]) -> Tensor:
+        """Leaves to one vector per element."""
+        flat = [leaf.reshape(*batch, size) for leaf, size in zip(leaves, self.sizes, strict=True)]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+
+    def split(self, z: Tensor) -> Any:
+        """One vector per element back to the user's tree."""
+        if self.plain:
+            return z
+        parts = [z] if len(self.sizes) == 1 else z.split(self.sizes, -1)
+        batch = z.shape[:-1]
+        return self.spec.unflatten([p.reshape(*batch, *e) for p, e in zip(parts, self.events, strict=True)])
+
+    def check_output(self, out: Any, z: Tensor, argument: str) -> Tensor:
+        """The function's output as one vector per element, or a ``ValueError`` that says what differs."""
+        if self.plain and isinstance(out, Tensor):
+            if out.shape != z.shape:
+                check_shape(f"{argument} output", out.shape, z.shape, " as the unknown has")
+            leaves = [out]
+        else:
+            leaves, spec = optree.tree_flatten(out)
+            if spec != self.spec:
+                raise ValueError(f"{argument} output: expected the structure of `init`, {self.spec}, got {spec}")
+            for leaf, event in zip(leaves, self.events, strict=True):
+                _check_output_tensor(leaf, argument)
+                check_shape(f"{argument} output", leaf.shape, (*z.shape[:-1], *event), " as the unknown has")
+        _check_output_dtype(leaves[0], z, argument)
+        return leaves[0] if self.plain else self.join(leaves, z.shape[:-1])
+
+
+def _check_output_tensor(out: Any, argument: str) -> None:
+    if not isinstance(out, Tensor):
+        raise ValueError(f"{argument} output: expected a tensor, got {type(out).__name__}")
+
+
+def _check_output_dtype(out: Tensor, z: Tensor, argument: str) -> None:
+    if out.dtype != z.dtype or out.device != z.device:
+        raise ValueError(
+            f"{argument} output: expected {z.dtype} on {z.device} as the unknown is, got {out.dtype} on {out.device}"
+        )
+
+
+def _leaf_names(tree: Any, prefix: str) -> list[str]:
+    return [
+        prefix + "".join(f"[{key!r}]" if isinstance(key, int | str) else f".{key}" for key in path)
+        for path in optree.tree_paths(tree)
+    ]
+
+
+class Arguments:
+    """The argument pytree and its flat tuple of tensors; Python numbers stay where they are."""
+
+    def __init__(self, args: Any, arg_ndims: Any) -> None:
+        if isinstance(args, Tensor) or not isinstance(args, tuple | list):
+            raise ValueError(f"args: expected a tuple of arguments, got {type(args).__name__}")
+        leaves, self.spec = optree.tree_flatten(tuple(args))
+        names = _leaf_names(tuple(args), "args")
+        self.leaves = leaves
+        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.names = tuple(names[i] for i in self.places)
+        self.tensors: list[Tensor] = [leaves[i] for i in self.places]
+        for name, leaf in zip(names, leaves, strict=True):
+            if isinstance(leaf, Tensor):
+                if not leaf.is_floating_point() and leaf.dtype != torch.bool:
+                    raise ValueError(
+                        f"{name}: expected a floating-point tensor, got {leaf.dtype} (the function may capture indices: "
+                        "they carry no gradient)"
+                    )
+            elif not isinstance(leaf, bool | int | float):
+                raise ValueError(f"{name}: expected a tensor or a Python number, got {type(leaf).__name__}")
+        self.ndims: tuple[int, ...] | None = None
+        if arg_ndims is not None:
+            try:
+                spread = optree.broadcast_prefix(tuple(arg_ndims), tuple(args))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"arg_ndims: expected the structure of `args` or a prefix of it: {error}") from None
+            self.ndims = tuple(spread[i] for i in self.places)
+            for name, t, k in zip(self.names, self.tensors, self.ndims, strict=True):
+                if t.ndim < k:
+                    raise ValueError(
+                        f"{name}: expected at least {k} dimensions (arg_ndims), got shape {tuple(t.shape)}"
+                    )
+
+    def batch(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and batch shapes of the arguments with declared dimensions."""
+        if self.ndims is None:
+            return []
+        return [(n, tuple(t.shape[: t.ndim - k])) for n, t, k in zip(self.names, self.tensors, self.ndims, strict=True)]
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """The user's tree with these tensors in it."""
+        leaves = list(self.leaves)
+        for i, t in zip(self.places, tensors, strict=True):
+            leaves[i] = t
+        return self.spec.unflatten(leaves)
+
+
+def solve_inner(
+    kind: Kind,
+    function: Callable[..., Any],
+    init: Any,
+    args: Any,
+    *,
+    event_ndim: int,
+    arg_ndims: Any,
+    solver: IterativeSolver,
+    adjoint: Adjoint,
+    on_failure: OnFailure,
+    curvature: Any = None,
+) -> Solution[Any]:
+    """Checks what came in, builds the problem, solves it, and gives the user's structure back."""
+    check_policy(on_failure)
+    if not callable(function):
+        raise ValueError(f"{kind.argument}: expected a callable, got {type(function).__name__}")
+    if solver.finds not in kind.adapt:
+        raise ValueError(f"solver: expected one that finds a {' or '.join(kind.adapt)}, got {type(solver).__name__}")
+    if isinstance(adjoint, OneStep) and not kind.one_step:
+        raise ValueError(f"adjoint: expected Implicit, Neumann or Unrolled for {kind.name}, got OneStep()")
+    unknown, arguments = Unknown(init, event_ndim), Arguments(args, arg_ndims)
+    check_same([("init", unknown.leaves[0]), *zip(arguments.names, arguments.tensors, strict=True)])
+    refuse_held(function, kind.argument)
+    batch = broadcast_batch([("init", unknown.batch), *arguments.batch()])
+    dtype = compute_dtype(unknown.dtype)
+    tensors = [t.to(dtype) if t.is_floating_point() else t for t in arguments.tensors]
+    z = unknown.start(batch, dtype)
+    flat = _flat_function(kind, function, unknown, arguments)
+    if transforms_active():
+        _probe_under_transforms(flat, z, tensors, kind.argument)
+    if isinstance(adjoint, Unrolled):
+        solution = _unrolled(kind, flat, z, tensors, solver, adjoint, on_failure, unknown)
+    else:
+        problem = InnerProblem.make(
+            kind,
+            flat,
+            solver,
+            curvature,
+            arg_ndims=arguments.ndims,
+            adjoint=adjoint,
+            arg_names=arguments.names,
+            check_coupling=torch.Size(batch).numel() > 1 and not z.is_meta and _uncoupled.first_time(function),
+        )
+        task = Task(problem, on_failure, lambda v: unknown.split(v.to(unknown.dtype)))
+        solution = Solution(*SolutionMap.apply(task, z, *tensors)[:4])
+    value = solution.value if dtype == unknown.dtype else solution.value.to(unknown.dtype)
+    return Solution(unknown.split(value), solution.status, solution.steps, solution.residual)
+
+
+def _flat_function(
+    kind: Kind, function: Callable[..., Any], unknown: Unknown, arguments: Arguments
+) -> Callable[..., Tensor]:
+    """`function` on one vector per element and flat arguments, its output checked at every call."""
+
+    def flat(z: Tensor, *tensors: Tensor) -> Tensor:
+        out = function(unknown.split(z), *arguments.rebuild(tensors))
+        if kind.like_unknown:
+            return unknown.check_output(out, z, kind.argument)
+        _check_output_tensor(out, kind.argument)
+        _check_output_dtype(out, z, kind.argument)
+        batch = z.shape[:-1]
+        if kind.scalar:
+            check_shape(f"{kind.argument} output", out.shape, batch, ", one number per batch element,")
+            return out
+        if out.shape[: len(batch)] != batch or out.ndim != len(batch) + max(unknown.event_ndim, 1):
+            want = (*batch, *["m"] * max(unknown.event_ndim, 1))
+            raise ValueError(f"{kind.argument} output: expected shape {want}, got {tuple(out.shape)}")
+        return out.reshape(*batch, -1)
+
+    return flat
+
+
+def _probe_under_transforms(flat: Callable[..., Tensor], z: Tensor, tensors: Sequence[Tensor], argument: str) -> None:
+    """One evaluation on constants: inside a ``torch.func`` transform a captured tensor wraps the result."""
+    constants = [torch.full(t.shape, 0.5, device=t.device).to(t.dtype) for t in (z, *tensors)]
+    refuse_seen([flat(*constants)], argument)
+
+
+class _Settle(torch.autograd.Function):
+    """The failure policy of an unrolled solve: reads data, so it runs in a Function's forward."""
+
+    @staticmethod
+    def forward(task: Any, value: Tensor, *info: Tensor) -> Tensor:
+        name, on_failure, present = task
+        value, _ = timed(name, "forward", lambda: (value, Info(*info)))
+        return settle(value, Info(*info), on_failure, name=name, present=present).clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return None, g, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _task: Any, tangent: Tensor, *_: Any) -> Tensor:
+        with forward_mode():
+            return primal(tangent).clone()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, task: Any, *tensors: Tensor) -> Any:
+        moved = [
+            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(tensors, in_dims[1:], strict=True)
+        ]
+        return _Settle.apply(task, *moved), 0
+
+
+def _unrolled(
+    kind: Kind,
+    flat: Callable[..., Tensor],
+    z: Tensor,
+    tensors: Sequence[Tensor],
+    solver: IterativeSolver,
+    adjoint: Unrolled,
+    on_failure: OnFailure,
+    unknown: Unknown,
+) -> Solution[Tensor]:
+    with autocast_off(z):
+        value, info = unroll(solver, kind.adapt[solver.finds](lambda z: flat(z, *tensors)), z, adjoint.max_steps)
+    task = (kind.name, on_failure, lambda v: unknown.split(v.to(unknown.dtype)))
+    return Solution(_Settle.apply(task, value, *info), *info)

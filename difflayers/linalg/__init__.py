@@ -1,0 +1,31 @@
+"""Linear systems and least squares whose derivatives reuse the factorisation.
+
+>>> import torch
+>>> from difflayers.linalg import CG, LU, linear_solve
+>>> A = torch.tensor([[4.0, 1.0], [1.0, 3.0]], requires_grad=True)
+>>> b = torch.tensor([1.0, 2.0])
+>>> x = linear_solve(A, b, solver=CG())
+>>> torch.allclose(x, linear_solve(A, b, solver=LU()))
+True
+>>> torch.autograd.grad(x.sum(), A)[0].shape
+torch.Size([2, 2])
+"""
+
+from ._direct import LU, QR, Cholesky
+from ._krylov import CG, GMRES
+from ._linear_solve import linear_solve, linear_solve_ex
+from ._operator import LinearOperator, Tag
+from ._system import LinearSolver
+
+__all__ = [
+    "CG",
+    "GMRES",
+    "LU",
+    "QR",
+    "Cholesky",
+    "LinearOperator",
+    "LinearSolver",
+    "Tag",
+    "linear_solve",
+    "linear_solve_ex",
+]

@@ -1,0 +1,144 @@
+"""Direct solvers: LU, Cholesky and QR, batched, with one singular element left to itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difflayers._solution import Info, Status
+
+from ._system import LinearSolver, LinearSystem, Params
+
+
+def direct_info(singular: Tensor, x: Tensor, event_ndim: int) -> Info:
+    """The report of a direct solve. Its residual is not measured here (NaN); ``linear_solve_ex`` measures it."""
+    batch = x.shape[: x.ndim - event_ndim]
+    status = torch.where(singular, int(Status.SINGULAR), int(Status.CONVERGED)).expand(batch)
+    steps = torch.zeros(batch, dtype=torch.int64, device=x.device)
+    return Info(status, steps, torch.full(batch, float("nan"), dtype=x.dtype, device=x.device))
+
+
+def solve_columns(solve: Callable[[Tensor], Tensor], factor_batch: int, rhs: Tensor) -> Tensor:
+    """Feeds vectors ``(*extra, *batch, n)`` to a matrix solver, extra leading dimensions as columns.
+
+    One factorisation then serves all cotangents of ``jacrev`` or ``vmap`` in one call.
+    """
+    extra = rhs.ndim - 1 - factor_batch
+    if extra <= 0:
+        return solve(rhs.unsqueeze(-1)).squeeze(-1)
+    lead = rhs.shape[:extra]
+    columns = rhs.flatten(0, extra - 1).movedim(0, -1)
+    x = solve(columns).movedim(-1, 0)
+    return x.reshape(*lead, *x.shape[1:])
+
+
+def _row_scale(A: Tensor) -> Tensor:
+    """The largest magnitude of every row, 1 for rows of zeros: equilibration makes the pivot test scale-free."""
+    scale = A.abs().amax(-1)
+    return torch.where(scale > 0, scale, 1)
+
+
+def _tiny_pivots(pivots: Tensor, columns: Tensor) -> Tensor:
+    """Per element: some pivot is rounding noise of its column, or not a number."""
+    n = pivots.shape[-1]
+    noise = n * torch.finfo(pivots.dtype).eps * columns
+    return ~(pivots.abs() > noise).all(-1)
+
+
+@dataclass(frozen=True)
+class LU(LinearSolver):
+    """LU factorisation with partial pivoting after row equilibration: for any square matrix.
+
+    An element whose pivot is rounding noise is reported ``SINGULAR`` instead of returning large numbers.
+    """
+
+    factor_ndims = (2, 1, 1, 0)
+
+    def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
+        A = system.matrix(params, like)
+        if A.shape[-1] == 0:
+            batch = A.shape[:-2]
+            empty = A.new_zeros(*batch, 0)
+            return A, empty.to(torch.int32), empty, torch.zeros(batch, dtype=torch.bool, device=A.device)
+        scale = _row_scale(A)
+        scaled = A / scale.unsqueeze(-1)
+        factors, pivots, _ = torch.linalg.lu_factor_ex(scaled)
+        singular = _tiny_pivots(factors.diagonal(dim1=-2, dim2=-1), scaled.abs().amax(-2))
+        return factors, pivots, scale, singular
+
+    def solve(
+        self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
+    ) -> tuple[Tensor, Info]:
+        lu, pivots, scale, singular = factors
+        if rhs.shape[-1] == 0:
+            return rhs.clone(), direct_info(singular, rhs, 1)
+        if not transpose:
+            rhs = rhs / scale
+        x = solve_columns(
+            lambda b: torch.linalg.lu_solve(*_widen(lu, pivots, b), b, adjoint=transpose), lu.ndim - 2, rhs
+        )
+        if transpose:
+            x = x / scale
+        return x, direct_info(singular, x, 1)
+
+
+def _widen(lu: Tensor, pivots: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """LU factors expanded to the batch of the right-hand sides."""
+    batch = torch.broadcast_shapes(lu.shape[:-2], b.shape[:-2])
+    return lu.expand(*batch, *lu.shape[-2:]), pivots.expand(*batch, pivots.shape[-1])
+
+
+@dataclass(frozen=True)
+class Cholesky(LinearSolver):
+    """Cholesky factorisation of a symmetric positive definite matrix, after diagonal scaling.
+
+    Only the symmetric part of the matrix enters, so derivatives in the matrix are symmetric. An element that is not
+    positive definite is reported ``SINGULAR``.
+    """
+
+    factor_ndims = (2, 1, 0)
+
+    def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
+        A = system.matrix(params, like)
+        diagonal = A.diagonal(dim1=-2, dim2=-1)
+        scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
+        scaled = A / scale.unsqueeze(-1) / scale.unsqueeze(-2)
+        factor, info = torch.linalg.cholesky_ex((scaled + scaled.mT) / 2)
+        pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
+        return factor, scale, (info != 0) | _tiny_pivots(pivots, torch.ones_like(pivots))
+
+    def solve(
+        self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
+    ) -> tuple[Tensor, Info]:
+        factor, scale, singular = factors
+        x = solve_columns(lambda b: torch.cholesky_solve(b, factor), factor.ndim - 2, rhs / scale) / scale
+        return x, direct_info(singular, x, 1)
+
+
+@dataclass(frozen=True)
+class QR(LinearSolver):
+    """Householder QR of a square matrix: slower than LU, backward stable without pivot growth."""
+
+    factor_ndims = (2, 2, 1, 0)
+
+    def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
+        A = system.matrix(params, like)
+        scale = _row_scale(A)
+        scaled = A / scale.unsqueeze(-1)
+        Q, R = torch.linalg.qr(scaled)
+        return Q, R, scale, _tiny_pivots(R.diagonal(dim1=-2, dim2=-1), scaled.norm(dim=-2))
+
+    def solve(
+        self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
+    ) -> tuple[Tensor, Info]:
+        Q, R, scale, singular = factors
+        if transpose:
+            forward = lambda b: Q @ torch.linalg.solve_triangular(R.mT, b, upper=False)  # noqa: E731
+            x = solve_columns(forward, R.ndim - 2, rhs) / scale
+        else:
+            back = lambda b: torch.linalg.solve_triangular(R, Q.mT @ b, upper=True)  # noqa: E731
+            x = solve_columns(back, R.ndim - 2, rhs / scale)
+        return x, direct_info(singular, x, 1)

@@ -1,0 +1,178 @@
+r"""Linear systems as a layer.
+
+.. math:: A(\theta)\, x = b
+
+The cotangent of ``b`` is ``w = A^{-T} g``, that of the parameters ``-d_theta <w, A(theta) x>``: one more solve with the
+stored factorisation, at every order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from difflayers._checks import broadcast_batch, check_same, check_tensor, compute_dtype
+from difflayers._solution import OnFailure, Solution, check_policy
+
+from ._direct import LU, QR, Cholesky
+from ._krylov import CG, GMRES
+from ._operator import LinearOperator, MatrixSystem, OperatorSystem, Tag, check_matrix
+from ._system import LinearSolver, LinearSystem, Params, solve_system, with_solver
+
+DENSE_LIMIT = 64  # above, n products and an n x n factorisation cost more than a Krylov solve of a sound system
+
+
+def default_solver(n: int, *, dense: bool, positive_definite: bool) -> LinearSolver:
+    """Factorise small systems and matrices, iterate on large operators."""
+    if dense or n <= DENSE_LIMIT:
+        return LU()
+    return CG() if positive_definite else GMRES()
+
+
+def linear_solve(
+    A: Tensor | LinearOperator,
+    b: Tensor,
+    *,
+    solver: LinearSolver | None = None,
+    init: Tensor | None = None,
+    on_failure: OnFailure = "raise",
+) -> Tensor:
+    r"""Solves :math:`A x = b` with a derivative that reuses the factorisation.
+
+    Args:
+        A: ``(*batch, n, n)`` matrix, or a :class:`LinearOperator` on ``(*batch, n)``.
+        b: ``(*batch, n)`` right-hand side; batch dimensions of `A` and `b` broadcast. Several right-hand sides go in
+            front: ``(k, *batch, n)``; they share one factorisation.
+        solver: ``LU()``, ``Cholesky()``, ``QR()``, ``CG()`` or ``GMRES()``. None: LU for matrices and operators up to
+            n = 64, else CG or GMRES by the operator's tags. ``Cholesky`` and ``CG`` solve with the symmetric part of a
+            matrix (a matrix that is far from symmetric is refused) and need an operator tagged positive definite.
+        init: ``(*batch, n)`` start of an iterative solver; carries no gradient.
+        on_failure: ``"raise"`` (:class:`~difflayers.SolveError` naming the elements), ``"nan"`` (NaN for failed
+            elements alone) or ``"ignore"`` (no check that reads data).
+
+    Returns:
+        ``(*batch, n)`` solution.
+
+    Raises:
+        ValueError: For a wrong shape, dtype, device, NaN or Inf, naming the argument.
+        SolveError: For a singular, indefinite or diverging element.
+
+    Differentiable in `A` (or the operator's params) and `b`, to any order, forward and reverse.
+
+    Example:
+        >>> import torch
+        >>> from difflayers.linalg import linear_solve
+        >>> A = torch.tensor([[2.0, 0.0], [1.0, 4.0]], requires_grad=True)
+        >>> x = linear_solve(A, torch.tensor([2.0, 5.0]))
+        >>> x.sum().backward()
+        >>> A.grad
+        tensor([[-0.3750, -0.3750],
+                [-0.2500, -0.2500]])
+    """
+    return _solve(A, b, solver, init, on_failure).value
+
+
+def linear_solve_ex(
+    A: Tensor | LinearOperator, b: Tensor, *, solver: LinearSolver | None = None, init: Tensor | None = None
+) -> Solution[Tensor]:
+    """As :func:`linear_solve`, returning an unchecked :class:`~difflayers.Solution`.
+
+    Args:
+        A: Matrix or operator, as in :func:`linear_solve`.
+        b: Right-hand side.
+        solver: Solver object, or None.
+        init: Start of an iterative solver.
+
+    Returns:
+        The solution with status, steps and the measured residual norm of every element.
+    """
+    return _solve(A, b, solver, init, "ignore", measure=True)
+
+
+def _solve(
+    A: Tensor | LinearOperator,
+    b: Tensor,
+    solver: LinearSolver | None,
+    init: Tensor | None,
+    on_failure: OnFailure,
+    measure: bool = False,
+) -> Solution[Tensor]:
+    check_policy(on_failure)
+    b = check_tensor("b", b, min_ndim=1)
+    system, params = _system(A, b, solver, on_failure)
+    dtype = b.dtype
+    work = compute_dtype(dtype)
+    params = tuple(p.to(work) if p.is_floating_point() else p for p in params)
+    rhs = b.to(work)
+    if init is not None:
+        init = check_tensor("init", init, min_ndim=1)
+        check_same([("b", b), ("init", init)])
+        if isinstance(system.solver, LU | QR | Cholesky):
+            raise ValueError(f"init: expected None for the direct solver {system.solver}, got a tensor")
+        broadcast_batch([("b", rhs.shape[:-1]), ("init", init.shape[:-1])])
+        init = init.detach().to(work)
+    x, status, steps, residual = solve_system(system, rhs, params, init)
+    if measure:
+        residual = (system.apply(params, x, False) - rhs).detach().norm(dim=-1)
+    return Solution(x.to(dtype), status, steps, residual)
+
+
+def _system(
+    A: Tensor | LinearOperator, b: Tensor, solver: LinearSolver | None, on_failure: OnFailure
+) -> tuple[LinearSystem, Params]:
+    n = b.shape[-1]
+    needs_symmetry = isinstance(solver, CG | Cholesky)
+    if isinstance(A, LinearOperator):
+        check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
+        positive = bool(A.tags & Tag.POSITIVE_DEFINITE)
+        if needs_symmetry and not positive:
+            raise ValueError(f"A: expected tags=Tag.POSITIVE_DEFINITE for {type(solver).__name__}, got {A.tags}")
+        solver = solver or default_solver(n, dense=False, positive_definite=positive)
+        system: LinearSystem = OperatorSystem(
+            solver, A.param_ndims, on_failure=on_failure, symmetric=A.symmetric, matvec=A.matvec
+        )
+        return with_solver(system, solver), A.params
+    A = check_matrix("A", A)
+    check_same([("b", b), ("A", A)])
+    if A.shape[-1] != n:
+        raise ValueError(f"b: expected {A.shape[-1]} entries in the last dimension as A has columns, got {n}")
+    broadcast_batch([("A", A.shape[:-2]), ("b", b.shape[:-1])])
+    solver = solver or default_solver(n, dense=True, positive_definite=False)
+    system = MatrixSystem(solver, (2,), on_failure=on_failure, symmetric=needs_symmetry, param_names=("A",))
+    if needs_symmetry and on_failure != "ignore":
+        _SymmetryCheck.apply(A, type(solver).__name__)
+    return with_solver(replace(system), solver), (A,)
+
+
+class _SymmetryCheck(torch.autograd.Function):
+    """Reads data, so it runs in a Function's forward: on plain tensors, also under ``vmap``."""
+
+    @staticmethod
+    def forward(A: Tensor, solver: str) -> Tensor:
+        # far above rounding and finite differences, far below a matrix that was never meant to be symmetric
+        worst = (A - A.mT).abs().amax((-1, -2)) > 1e-3 * A.abs().amax((-1, -2)) if A.numel() else A.new_zeros(())
+        if not A.is_meta and bool(worst.any()):
+            raise ValueError(
+                f"A: expected a symmetric matrix for {solver}, got one that differs from its transpose by more than "
+                "0.1 %; use LU() or GMRES()"
+            )
+        return A.new_empty(())
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: object, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def backward(ctx: object, *_: object) -> tuple[None, None]:
+        return None, None
+
+    @staticmethod
+    def jvp(ctx: object, *_: object) -> None:
+        return None
+
+    @staticmethod
+    def vmap(info: object, in_dims: tuple[int | None, ...], A: Tensor, solver: str) -> tuple[Tensor, None]:
+        dim = in_dims[0]
+        return _SymmetryCheck.apply(A if dim is None else A.movedim(dim, 0), solver), None  # type: ignore[return-value]

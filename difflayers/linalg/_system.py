@@ -1,0 +1,366 @@
+"""The linear solve that carries its own derivative: ``x`` with ``A(params) x = rhs`` for any family of linear maps.
+
+Both Functions here run `forward` on plain tensors (also inside ``torch.func`` transforms), so a solver may branch on
+data. The derivative of a solve is another solve with the transposed map and the *same* factorisation, which enters as a
+non-differentiable input; derivatives flow through ``apply(params, x)``, never through the factor. So forward, backward
+and double backward cost one factorisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.func import vjp
+
+from difflayers._checks import check_finite
+from difflayers._solution import Info, OnFailure, current_listeners, listening, settle, timed
+
+from ._grads_batched import is_grads_batched, strip
+
+Params = tuple[Tensor, ...]
+
+
+class LinearSolver(ABC):
+    """How a system is solved. Direct solvers factorise; iterative ones return no factors."""
+
+    factor_ndims: tuple[int, ...] = ()
+
+    def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
+        """The factorisation of ``A(params)`` for vectors shaped like `like`; plain tensors."""
+        return ()
+
+    @abstractmethod
+    def solve(
+        self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
+    ) -> tuple[Tensor, Info]:
+        """Solves on plain tensors; an element that fails must not touch another."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSystem(ABC):
+    """A family of linear maps ``v -> A(params) v`` on ``(*batch, event...)`` and the solver that inverts it.
+
+    Attributes:
+        solver: Inverts the map.
+        param_ndims: Event dimensions of each parameter, or None where unknown (then ``vmap`` lifts the code).
+        vector_ndim: Event dimensions of a vector.
+        factor_ndims: Event dimensions of each factor.
+        on_failure: Failure policy of forward and adjoint solves.
+        name: The layer, for messages.
+        symmetric: The map equals its transpose.
+    """
+
+    solver: LinearSolver
+    param_ndims: tuple[int, ...] | None
+    vector_ndim: int = 1
+    factor_ndims: tuple[int, ...] = ()
+    on_failure: OnFailure = "raise"
+    name: str = "linear_solve"
+    param_names: tuple[str, ...] = ()
+    symmetric: bool = False
+
+    @abstractmethod
+    def apply(self, params: Params, v: Tensor, transpose: bool) -> Tensor:
+        """``A v`` or ``A^T v``: differentiable in `params` and `v`, batch dimensions broadcast."""
+
+    def operator(self, params: Params, like: Tensor, transpose: bool) -> Callable[[Tensor], Tensor]:
+        """The map for repeated products on plain tensors, without gradient."""
+        return lambda v: self.apply(params, v, transpose)
+
+    def matrix(self, params: Params, like: Tensor) -> Tensor:
+        """``A(params)`` as ``(*batch, n, n)``: one product per unit vector, all batch elements at once."""
+        eye = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+        columns = torch.func.vmap(lambda e: self.apply(params, e.expand(like.shape), False), out_dims=-1)
+        return columns(eye)
+
+    def lift(self, in_dims: tuple[int | None, ...]) -> LinearSystem:
+        """The same system with one more leading batch dimension, for ``param_ndims=None``."""
+        return LiftedSystem(
+            self.solver, None, self.vector_ndim, self.factor_ndims, self.on_failure, self.name, self.param_names,
+            self.symmetric, inner=self, in_dims=in_dims,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class LiftedSystem(LinearSystem):
+    """A system under one more ``vmap``."""
+
+    inner: LinearSystem = None  # type: ignore[assignment]
+    in_dims: tuple[int | None, ...] = ()
+
+    def apply(self, params: Params, v: Tensor, transpose: bool) -> Tensor:
+        return torch.func.vmap(lambda v, *p: self.inner.apply(p, v, transpose), in_dims=(0, *self.in_dims))(v, *params)
+
+
+def autocast_off(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Solvers work in the dtype they were given, also under autocast."""
+    kind = like.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def batch_of(t: Tensor, event_ndim: int) -> torch.Size:
+    """The batch dimensions of `t`."""
+    return t.shape[: t.ndim - event_ndim]
+
+
+def align(tensors: Sequence[Tensor], in_dims: Sequence[int | None], ndims: Sequence[int]) -> list[Tensor]:
+    """Moves the vmapped dimension first and pads batch dimensions, so that ordinary broadcasting pairs them up."""
+    rank = max(t.ndim - (d is not None) - k for t, d, k in zip(tensors, in_dims, ndims, strict=True))
+    out = []
+    for t, d, k in zip(tensors, in_dims, ndims, strict=True):
+        if d is not None:
+            t = t.movedim(d, 0)
+            t = t.reshape(t.shape[0], *([1] * (rank - (t.ndim - 1 - k))), *t.shape[1:])
+        out.append(t)
+    return out
+
+
+def push_forward(f: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """Jacobian-vector product by two reverse passes, because torch does not nest forward mode."""
+    out, pull = vjp(f, *primals)
+    _, push = vjp(pull, torch.zeros_like(out))
+    return push(tuple(tangents))[0]
+
+
+def vjp_where(f: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool], g: Tensor) -> list[Any]:
+    """Cotangents of the `wanted` primals, None for the others (integers, or nobody asks)."""
+    picked = [i for i, w in enumerate(wanted) if w]
+    if not picked:
+        return [None] * len(primals)
+    _, pull = vjp(restrict(f, primals, picked), *(primals[i] for i in picked))
+    cotangents = dict(zip(picked, pull(g), strict=True))
+    return [cotangents.get(i) for i in range(len(primals))]
+
+
+def jvp_where(f: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    """The directional derivative along the tangents that exist, None where there is none."""
+    picked = [i for i, t in enumerate(tangents) if t is not None]
+    if not picked:
+        return None
+    return push_forward(restrict(f, primals, picked), [primals[i] for i in picked], [tangents[i] for i in picked])  # type: ignore[misc]
+
+
+def restrict(f: Callable[..., Tensor], primals: Sequence[Tensor], picked: Sequence[int]) -> Callable[..., Tensor]:
+    """`f` as a function of the picked arguments only."""
+
+    def restricted(*some: Tensor) -> Tensor:
+        full = list(primals)
+        for i, t in zip(picked, some, strict=True):
+            full[i] = t
+        return f(*full)
+
+    return restricted
+
+
+def harmless(tensors: Sequence[Tensor], ndims: Sequence[int] | None, failed: Tensor) -> list[Tensor]:
+    """`tensors` with the slices of failed elements replaced by those of an element that did not fail.
+
+    A zero cotangent times NaN would be NaN, and reach gradients shared by the batch; a copy of a good element is the
+    one replacement at which every layer's derivatives are known to be finite. Without declared dimensions only NaN
+    entries can be told apart; they become 1.
+    """
+    if ndims is None:
+        return [torch.where(torch.isnan(t), 1, t) if t.is_floating_point() else t for t in tensors]
+    batch, out = failed.shape, []
+    good = (~failed).flatten().to(torch.int8).argmax() if failed.numel() else None
+    for t, k in zip(tensors, ndims, strict=True):
+        if t.ndim > k and good is not None:
+            event = t.shape[t.ndim - k :]
+            wide = t.expand(*batch, *event)
+            copy = wide.reshape(-1, *event).index_select(0, good[None]).reshape(event)
+            t = torch.where(expand_mask(failed, k), copy, wide)
+        out.append(t)
+    return out
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Forward mode switched on, inside the rules of a Function.
+
+    torch switches it off there, which loses the derivative of `jvp` along an outer forward-mode level without a word;
+    :func:`primal` is the other half of the remedy.
+    """
+    before = torch._C._is_fwd_grad_enabled()
+    torch._C._set_fwd_grad_enabled(True)
+    try:
+        yield
+    finally:
+        torch._C._set_fwd_grad_enabled(before)
+
+
+def primal(t: Any) -> Any:
+    """`t` without its tangent at the current level: inside `jvp`, only outer levels may still follow it."""
+    return forward_ad.unpack_dual(t).primal if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+def expand_mask(mask: Tensor, event_ndim: int) -> Tensor:
+    """A per-element mask with trailing ones, to meet ``(*batch, event...)``."""
+    return mask[(...,) + (None,) * event_ndim]
+
+
+def asked_for(g: Tensor, event_ndim: int) -> Tensor:
+    """The elements whose cotangent is not exactly zero: someone depends on them."""
+    nonzero = g != 0
+    return nonzero.flatten(nonzero.ndim - event_ndim).any(-1) if event_ndim else nonzero
+
+
+def mask_failed(w: Tensor, g: Tensor, failed: Tensor, event_ndim: int) -> Tensor:
+    """Adjoint of a failed element: exactly zero if nobody depends on it, NaN otherwise."""
+    replacement = torch.where(expand_mask(failed & asked_for(g.detach(), event_ndim), event_ndim), math.nan, 0.0)
+    return torch.where(expand_mask(failed, event_ndim), replacement.to(w.dtype), w)
+
+
+class Factorise(torch.autograd.Function):
+    """The factors of ``A(params)``: computed once, on plain tensors, and never differentiated."""
+
+    @staticmethod
+    def forward(system: LinearSystem, like: Tensor, *params: Tensor) -> Params:
+        with autocast_off(like):
+            return system.solver.factor(system, params, like)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Params) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.counts = len(inputs), len(output)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        return (None,) * ctx.counts[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        return (None,) * ctx.counts[1]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, system: LinearSystem, like: Tensor, *params: Tensor) -> Any:
+        system, (like, *params) = lifted(system, info.batch_size, in_dims[1:], (like, *params))
+        out = Factorise.apply(system, like, *params)
+        return out, (0,) * len(out)
+
+
+def lifted(
+    system: LinearSystem, size: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor], extra: Sequence[int] = ()
+) -> tuple[LinearSystem, list[Tensor]]:
+    """One vmap level less: `tensors` are ``(vector, *extra, *params)`` with `extra` event dimensions known."""
+    vector, *_ = tensors
+    if in_dims[0] is None:
+        vector = vector.expand(size, *vector.shape)
+    tensors, in_dims = [vector, *tensors[1:]], [0 if in_dims[0] is None else in_dims[0], *in_dims[1:]]
+    head = 1 + len(extra)
+    if system.param_ndims is not None:
+        return system, align(tensors, in_dims, (system.vector_ndim, *extra, *system.param_ndims))
+    params = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors[head:], in_dims[head:], strict=True)]
+    system = system.lift(tuple(None if d is None else 0 for d in in_dims[head:]))
+    return system, [*align(tensors[:head], in_dims[:head], (system.vector_ndim, *extra)), *params]
+
+
+class SystemSolve(torch.autograd.Function):
+    """``(x, status, steps, residual)`` with ``A(params) x = rhs`` or ``A(params)^T x = rhs``."""
+
+    @staticmethod
+    def forward(
+        system: LinearSystem, transpose: bool, phase: str, init: Tensor | None, rhs: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        if is_grads_batched((rhs, *tensors)):
+            flat, dims, size, back = strip((rhs, *tensors))
+            system, (rhs, *rest) = lifted(system, size, dims, flat, extra=system.factor_ndims)
+            return tuple(back(t) for t in SystemSolve.forward(system, transpose, phase, init, rhs, *rest))
+        k = len(system.factor_ndims)
+        factors, params = tensors[:k], tensors[k:]
+        with autocast_off(rhs):
+            x, info = timed(
+                system.name, phase, lambda: system.solver.solve(system, params, factors, rhs, transpose, init)
+            )
+        names = system.param_names or tuple(f"params[{i}]" for i in range(len(params)))
+        checked = [*zip(names, params, strict=True), ("b", rhs)] if phase == "forward" else []
+        x = settle(
+            x, info, system.on_failure, name=system.name, phase=phase, diagnose=lambda: check_finite(checked)
+        )  # fmt: skip
+        return (x, *info)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.system, ctx.transpose, _, _, _, *tensors = inputs
+        ctx.listeners = current_listeners()
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[:2], *tensors)
+        ctx.save_for_forward(*output[:2], *tensors)
+
+    @staticmethod
+    def unpack(
+        ctx: Any, read: Callable[[Any], Any] = lambda t: t
+    ) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+        """Solution, failed elements (None unless the policy masks them), factors, parameters: all harmless."""
+        x, status, *tensors = map(read, ctx.saved_tensors)
+        system = ctx.system
+        k = len(system.factor_ndims)
+        factors, params = tensors[:k], tensors[k:]
+        if system.on_failure != "nan":
+            return x, None, factors, params
+        failed = status > 1
+        x = torch.where(expand_mask(failed, system.vector_ndim), 0, x)
+        return x, failed, factors, harmless(params, system.param_ndims, failed)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
+        system, transpose = ctx.system, ctx.transpose
+        x, failed, factors, params = SystemSolve.unpack(ctx)
+        clean = g if failed is None else torch.where(expand_mask(failed, system.vector_ndim), 0, g)
+        with listening(ctx.listeners), autocast_off(x):
+            w = SystemSolve.apply(system, not transpose, "adjoint", None, clean, *factors, *params)[0]
+            if failed is not None:
+                w = mask_failed(w, g, failed, system.vector_ndim)
+            wanted = [
+                n and p.is_floating_point() for n, p in zip(ctx.needs_input_grad[-len(params) :], params, strict=True)
+            ]
+            grads = vjp_where(lambda *p: system.apply(p, x, transpose), params, wanted, -w)
+        return (None, None, None, None, w, *([None] * len(factors)), *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, _s: Any, _t: Any, _p: Any, _i: Any, rhs_t: Tensor | None, *tangents: Any) -> Any:
+        system, transpose = ctx.system, ctx.transpose
+        with forward_mode(), listening(ctx.listeners), autocast_off(ctx.saved_tensors[0]):
+            x, failed, factors, params = SystemSolve.unpack(ctx, primal)
+            rhs_t, *tangents = (primal(t) for t in (rhs_t, *tangents))  # type: ignore[assignment]
+            moved = jvp_where(lambda *p: system.apply(p, x, transpose), params, tangents[len(factors) :])
+            rhs = rhs_t if moved is None else -moved if rhs_t is None else rhs_t - moved
+            assert rhs is not None  # torch calls jvp only where some tangent exists
+            rhs = rhs.expand_as(x)
+            clean = rhs if failed is None else torch.where(expand_mask(failed, system.vector_ndim), 0, rhs)
+            x_t = SystemSolve.apply(system, transpose, "adjoint", None, clean, *factors, *params)[0]
+            if failed is not None:
+                x_t = mask_failed(x_t, rhs, failed, system.vector_ndim)
+        return (x_t, None, None, None)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, system: LinearSystem, transpose: bool, phase: str, init: Tensor | None, *rest: Tensor
+    ) -> Any:
+        if init is not None and in_dims[3] is not None:
+            init = init.movedim(in_dims[3], 0)
+        system, (rhs, *tensors) = lifted(system, info.batch_size, in_dims[4:], rest, extra=system.factor_ndims)
+        out = SystemSolve.apply(system, transpose, phase, init, rhs, *tensors)
+        return out, (0,) * len(out)
+
+
+def solve_system(
+    system: LinearSystem, rhs: Tensor, params: Params, init: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Factorises once and solves: ``(x, status, steps, residual)``."""
+    factors = Factorise.apply(system, rhs, *params) if system.factor_ndims else ()
+    return SystemSolve.apply(system, False, "forward", init, rhs, *factors, *params)  # type: ignore[return-value]
+
+
+def with_solver(system: LinearSystem, solver: LinearSolver) -> LinearSystem:
+    """`system` solved by `solver`."""
+    return replace(system, solver=solver, factor_ndims=solver.factor_ndims)

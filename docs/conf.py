@@ -1,0 +1,73 @@
+"""Sphinx configuration. The build is offline and treats every warning as an error: see `make docs`."""
+
+import os
+
+import difflayers
+
+project = "difflayers"
+author = "The difflayers authors"
+copyright = "The difflayers authors, Apache-2.0"
+version = release = difflayers.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+html_theme = "pydata_sphinx_theme"
+html_title = "difflayers"
+html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"]}
+html_show_sourcelink = False
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_inherit_docstrings = False  # an override without a docstring is described where it is declared
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_custom_sections = ["Source", "Departure"]
+
+# Links into other projects need the network, so they are made on request only: DIFFLAYERS_DOCS_ONLINE=1 make docs.
+intersphinx_mapping = {}
+if os.environ.get("DIFFLAYERS_DOCS_ONLINE"):
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+    }
+
+nitpick_ignore_regex = [
+    # Without the network their inventories are out of reach; names of our own must resolve.
+    (r"py:.*", r"(abc|collections|contextlib|enum|optree|torch|typing)\..*"),
+    # Private types in the signatures of methods that only authors of solvers override.
+    (r"py:.*", r"difflayers\.(\w+\.)*_\w+\.\w+"),
+    # Type variables and short aliases in signatures, which have no page of their own.
+    (r"py:(class|obj)", r"(.*\.)?(T|Tensor|Tree|PyTree|Callable|Any|Params|OnFailure)"),
+]
+
+
+def resolve_private(app, env, node, contnode):
+    """Lead `difflayers._solution.Solution` to the page of the public name `Solution`, wherever it is re-exported."""
+    target = node.get("reftarget", "")
+    if node.get("refdomain") != "py" or not target:
+        return None
+    domain = env.get_domain("py")
+    last = target.rpartition(".")[2]
+    public = [name for name in domain.objects if name.startswith("difflayers.") and name.rpartition(".")[2] == last]
+    if not public or not (target == last or target.startswith("difflayers.")):
+        return None
+    name = max(public, key=lambda name: (name.count("."), name))  # the family's page rather than the root's
+    return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
+
+
+def setup(app):
+    app.connect("missing-reference", resolve_private)

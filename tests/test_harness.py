@@ -1,0 +1,56 @@
+"""The benchmark harness: what it reports, never how fast anything is."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from benchmarks.harness import Case, Contender, Options, Row, peak_memory, relative_error, run, table
+
+
+def test_relative_error_takes_the_worst_tensor():
+    reference = (torch.ones(4), torch.full((3,), 2.0))
+    assert relative_error(reference, reference) == 0.0
+    assert relative_error((torch.ones(4), torch.full((3,), 2.2)), reference) == pytest.approx(0.1)
+    assert math.isinf(relative_error(torch.tensor([math.nan]), torch.ones(1)))
+    with pytest.raises(ValueError, match=r"expected shape \(4,\), got \(3,\)"):
+        relative_error(torch.ones(3), torch.ones(4))
+
+
+def test_where_a_peer_wins_stands_first():
+    rows = [
+        Row("a", "ours", True, 0.0, [1.0] * 5, [1.0] * 5),
+        Row("a", "slow", False, 0.0, [3.0] * 5, [3.0] * 5),
+        Row("b", "ours", True, 0.0, [1.0] * 5, [1.0] * 5),
+        Row("b", "fast", False, 0.0, [0.5] * 5, [0.5] * 5),
+    ]
+    lines = table(rows).splitlines()
+    assert "fast" in lines[2] and "0.50 (peer wins)" in lines[2]
+    assert [line.split()[1] for line in lines[3:]] == ["ours", "slow", "ours"]
+
+
+def test_run_writes_what_a_reader_needs(tmp_path, capsys):
+    x = torch.arange(5.0)
+    case = Case("sum", [Contender("ours", lambda: x.sum()), Contender("peer", lambda: x.mean() * 5.5)], x.sum())
+    run("toy", [case], Options(repetitions=5, results=tmp_path), memory=False)
+    assert "not measured" in capsys.readouterr().out
+    report = json.loads((tmp_path / "toy.json").read_text())
+    assert report["threads"] == 1
+    assert report["versions"]["torch"] == torch.__version__
+    ours, peer = report["rows"]
+    assert ours["ratio_to_ours"] == 1.0 and ours["relative_error"] == 0.0
+    assert peer["relative_error"] == pytest.approx(0.1)
+    assert len(peer["seconds"]) == 5
+
+
+def test_peak_memory_sees_a_temporary():
+    def job() -> torch.Tensor:
+        return torch.ones(2**23, dtype=torch.float64).sum()  # 64 MiB
+
+    assert peak_memory(job, "cpu") == pytest.approx(2**26, rel=0.1)
+
+
+def test_too_few_repetitions_are_refused():
+    with pytest.raises(ValueError, match="expected at least 5, got 3"):
+        Options(repetitions=3)
