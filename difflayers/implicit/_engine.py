@@ -23,6 +23,7 @@ from torch.func import vjp, vmap
 from difflayers._checks import broadcast_batch, check_finite, check_same
 from difflayers._solution import Info, OnFailure, Solution, check_policy, current_listeners, listening, settle, timed
 from difflayers.linalg import LinearSolver
+from difflayers.linalg._grads_batched import batched_backward
 from difflayers.linalg._system import (
     Factorise,
     LinearSystem,
@@ -257,6 +258,7 @@ class SolutionMap(torch.autograd.Function):
         return w if failed is None else mask_failed(w, g, failed, task.problem.value_ndim)
 
     @staticmethod
+    @batched_backward
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
         value, failed, factors, args = SolutionMap.unpack(ctx)
         with listening(ctx.listeners), autocast_off(value):

@@ -13,6 +13,7 @@ torch.Size([2, 2])
 
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
+from ._least_squares import least_squares, least_squares_ex
 from ._linear_solve import linear_solve, linear_solve_ex
 from ._operator import LinearOperator, Tag
 from ._system import LinearSolver
@@ -26,6 +27,8 @@ __all__ = [
     "LinearOperator",
     "LinearSolver",
     "Tag",
+    "least_squares",
+    "least_squares_ex",
     "linear_solve",
     "linear_solve_ex",
 ]

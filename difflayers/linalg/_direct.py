@@ -41,7 +41,7 @@ def _row_scale(A: Tensor) -> Tensor:
     return torch.where(scale > 0, scale, 1)
 
 
-def _tiny_pivots(pivots: Tensor, columns: Tensor) -> Tensor:
+def tiny_pivots(pivots: Tensor, columns: Tensor) -> Tensor:
     """Per element: some pivot is rounding noise of its column, or not a number."""
     n = pivots.shape[-1]
     noise = n * torch.finfo(pivots.dtype).eps * columns
@@ -66,7 +66,7 @@ class LU(LinearSolver):
         scale = _row_scale(A)
         scaled = A / scale.unsqueeze(-1)
         factors, pivots, _ = torch.linalg.lu_factor_ex(scaled)
-        singular = _tiny_pivots(factors.diagonal(dim1=-2, dim2=-1), scaled.abs().amax(-2))
+        singular = tiny_pivots(factors.diagonal(dim1=-2, dim2=-1), scaled.abs().amax(-2))
         return factors, pivots, scale, singular
 
     def solve(
@@ -108,7 +108,7 @@ class Cholesky(LinearSolver):
         scaled = A / scale.unsqueeze(-1) / scale.unsqueeze(-2)
         factor, info = torch.linalg.cholesky_ex((scaled + scaled.mT) / 2)
         pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
-        return factor, scale, (info != 0) | _tiny_pivots(pivots, torch.ones_like(pivots))
+        return factor, scale, (info != 0) | tiny_pivots(pivots, torch.ones_like(pivots))
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
@@ -129,7 +129,7 @@ class QR(LinearSolver):
         scale = _row_scale(A)
         scaled = A / scale.unsqueeze(-1)
         Q, R = torch.linalg.qr(scaled)
-        return Q, R, scale, _tiny_pivots(R.diagonal(dim1=-2, dim2=-1), scaled.norm(dim=-2))
+        return Q, R, scale, tiny_pivots(R.diagonal(dim1=-2, dim2=-1), scaled.norm(dim=-2))
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None

@@ -1,12 +1,14 @@
-"""torch's older vmap, used by ``torch.autograd.grad(..., is_grads_batched=True)``, knows no vmap rules of Functions.
+"""torch's older vmap, behind ``torch.autograd.grad(..., is_grads_batched=True)``, knows few operators and no Functions.
 
-Its batched tensors reach ``Function.forward`` as they are, where nothing may depend on data. These helpers take one
-level of that batching off, so that a forward always works on plain tensors, and put it back on the outputs.
+It hands a backward rule batched cotangents of its own kind. :func:`batched_backward` runs the rule under
+``torch.func.vmap`` instead, which knows all operators and our vmap rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,22 +16,33 @@ from torch import Tensor
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
-def is_grads_batched(tensors: Sequence[Tensor]) -> bool:
-    """Whether any tensor is batched by ``is_grads_batched=True`` (or vectorised autograd.functional)."""
-    return any(_is_batched(t) for t in tensors)
+def batched_backward(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """A backward rule ``(ctx, g, *ignored)`` that also takes cotangents batched by ``is_grads_batched=True``."""
 
+    @functools.wraps(rule)
+    def backward(ctx: Any, g: Tensor, *ignored: Any) -> tuple[Any, ...]:
+        if not _is_batched(g):
+            return rule(ctx, g, *ignored)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        while True:
+            # a tensor without this level is expanded to the given size 0 instead, which tells the two apart
+            plain = torch._remove_batch_dim(g, level, 0, 0)
+            if plain.shape[0] != 0 or level <= 1:
+                break
+            level -= 1
+        places: list[int] = []
 
-def strip(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int | None], int, Callable[[Tensor], Tensor]]:
-    """Takes the innermost level off: tensors, the dimension it became (or None), its size, and the way back."""
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    while True:
-        # a tensor without this level is expanded to the given size instead, so size 0 tells the two apart
-        peeled = [torch._remove_batch_dim(t, level, 0, 0) if _is_batched(t) else None for t in tensors]
-        present = [p is not None and p.shape[0] != 0 for p in peeled]
-        if any(present) or level <= 1:
-            break
-        level -= 1
-    out = [p if here else t for p, t, here in zip(peeled, tensors, present, strict=True)]
-    size = next(p.shape[0] for p, here in zip(peeled, present, strict=True) if here and p is not None)
-    return out, [0 if here else None for here in present], size, lambda t: torch._add_batch_dim(t, 0, level)  # type: ignore[return-value]
+        def present(g: Tensor) -> tuple[Tensor, ...]:
+            out = backward(ctx, g, *ignored)
+            places[:] = [i for i, t in enumerate(out) if t is not None]
+            places.append(len(out))
+            return tuple(t for t in out if t is not None)
+
+        cotangents = torch.func.vmap(present)(plain)
+        full: list[Any] = [None] * places.pop()
+        for i, t in zip(places, cotangents, strict=True):
+            full[i] = torch._add_batch_dim(t, 0, level)
+        return tuple(full)
+
+    return backward

@@ -23,7 +23,7 @@ from torch.func import vjp
 from difflayers._checks import check_finite
 from difflayers._solution import Info, OnFailure, current_listeners, listening, settle, timed
 
-from ._grads_batched import is_grads_batched, strip
+from ._grads_batched import batched_backward
 
 Params = tuple[Tensor, ...]
 
@@ -271,10 +271,6 @@ class SystemSolve(torch.autograd.Function):
     def forward(
         system: LinearSystem, transpose: bool, phase: str, init: Tensor | None, rhs: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        if is_grads_batched((rhs, *tensors)):
-            flat, dims, size, back = strip((rhs, *tensors))
-            system, (rhs, *rest) = lifted(system, size, dims, flat, extra=system.factor_ndims)
-            return tuple(back(t) for t in SystemSolve.forward(system, transpose, phase, init, rhs, *rest))
         k = len(system.factor_ndims)
         factors, params = tensors[:k], tensors[k:]
         with autocast_off(rhs):
@@ -312,6 +308,7 @@ class SystemSolve(torch.autograd.Function):
         return x, failed, factors, harmless(params, system.param_ndims, failed)
 
     @staticmethod
+    @batched_backward
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
         system, transpose = ctx.system, ctx.transpose
         x, failed, factors, params = SystemSolve.unpack(ctx)
