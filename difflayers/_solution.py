@@ -185,6 +185,7 @@ def settle(
     phase: str = "forward",
     present: Callable[[Tensor], Any] = lambda value: value,
     diagnose: Callable[[], None] = lambda: None,
+    excused: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Applies the failure policy to a finished solve: raises, warns, masks with NaN, or does nothing.
 
@@ -196,6 +197,7 @@ def settle(
         phase: ``"forward"`` or ``"adjoint"``.
         present: Turns `value` into what the user knows, for ``SolveError.solution``.
         diagnose: Called before a ``SolveError``; may raise a clearer error (bad input).
+        excused: Elements whose failure is not reported; called only where there is one.
 
     Returns:
         The value, with NaN in failed elements under ``"nan"``.
@@ -205,6 +207,9 @@ def settle(
     worst = int(info.status.max())  # the one read-back of a clean solve
     if worst == Status.CONVERGED:
         return value
+    if excused is not None:
+        info = info._replace(status=torch.where(excused(), int(Status.CONVERGED), info.status))
+        worst = int(info.status.max())
     failed = info.status > Status.MAX_STEPS
     if worst > Status.MAX_STEPS:
         if on_failure == "raise":

@@ -18,11 +18,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from difflayers._checks import broadcast_batch, check_finite, check_same
 from difflayers._solution import Info, OnFailure, Solution, check_policy, current_listeners, listening, settle, timed
 from difflayers.linalg import LinearSolver
+from difflayers.linalg._autodiff import (
+    alive,
+    autocast_off,
+    forward_mode,
+    jvp_where,
+    plain_forward,
+    primal,
+    pullback,
+    push_forward,
+    quick_apply,
+    transforms_active,
+    vjp_where,
+)
 from difflayers.linalg._grads_batched import batched_backward
 from difflayers.linalg._system import (
     Factorise,
@@ -30,15 +43,10 @@ from difflayers.linalg._system import (
     Params,
     SystemSolve,
     align,
-    autocast_off,
     expand_mask,
-    forward_mode,
+    factor_dims,
     harmless,
-    jvp_where,
     mask_failed,
-    primal,
-    push_forward,
-    vjp_where,
 )
 
 from ._adjoints import Implicit, Neumann, OneStep
@@ -95,12 +103,12 @@ class ResidualSystem(LinearSystem):
         k = value.ndim - problem.value_ndim
         batch = torch.broadcast_shapes(value.shape[:k], v.shape[: v.ndim - self.vector_ndim])
         # expanded before vjp: a batched vector needs a batched value
-        value = value.expand(*batch, *value.shape[k:])
-        y = v.expand(*batch, *v.shape[v.ndim - self.vector_ndim :]).reshape(value.shape)
+        value = value.expand((*batch, *value.shape[k:]))
+        y = v.expand((*batch, *v.shape[v.ndim - self.vector_ndim :])).reshape(value.shape)
         if problem.jacobian_product is not None:
             out = problem.jacobian_product(value, tuple(args), y, transpose)
         elif transpose:
-            out = vjp(lambda z: problem.residual(z, *args), value)[1](y)[0]
+            out = pullback(lambda z: problem.residual(z, *args), value)[1](y)[0]
         else:
             out = push_forward(lambda z: problem.residual(z, *args), [value], [y])
         return out.reshape(*batch, *v.shape[v.ndim - self.vector_ndim :])
@@ -112,7 +120,7 @@ class ResidualSystem(LinearSystem):
         value, *args = (p.detach() for p in params)
         k = value.ndim - problem.value_ndim
         with torch.enable_grad():  # one graph, one backward pass a product
-            z = value.expand(*like.shape[:-1], *value.shape[k:]).requires_grad_()
+            z = value.expand((*like.shape[:-1], *value.shape[k:])).requires_grad_()
             r = problem.residual(z, *args)
             if transpose:
                 return lambda v: _grad(r, z, v)
@@ -121,15 +129,21 @@ class ResidualSystem(LinearSystem):
             return lambda v: _grad(jacobian_t_u, u, v)
 
     def matrix(self, params: Params, like: Tensor) -> Tensor:
-        n = like.shape[-1]
-        if self.problem.jacobian_product is not None:
+        n, problem = like.shape[-1], self.problem
+        if problem.jacobian_product is not None:
             return LinearSystem.matrix(self, params, like)
         value, *args = params
-        _, pull = vjp(lambda z: self.problem.residual(z, *args), value)
+        batch, event = value.shape[: value.ndim - problem.value_ndim], value.shape[value.ndim - problem.value_ndim :]
         eye = torch.eye(n, dtype=value.dtype, device=value.device)
-        shape = value.shape[value.ndim - self.problem.value_ndim :]
-        rows = vmap(lambda e: pull(e.reshape(shape).expand_as(value))[0], out_dims=0)(eye)
-        return rows.reshape(n, *value.shape[: value.ndim - self.problem.value_ndim], n).movedim(0, -2)
+        if problem.arg_ndims is not None and not transforms_active():
+            # batch dimensions broadcast: n copies of the value, one backward pass
+            copies = value.expand((n, *value.shape))
+            units = eye.reshape((n, *[1] * len(batch), *event)).expand((n, *value.shape))
+            rows = pullback(lambda z: problem.residual(z, *args), copies)[1](units)[0]
+        else:
+            _, pull = pullback(lambda z: problem.residual(z, *args), value)
+            rows = vmap(lambda e: pull(e.reshape(event).expand_as(value))[0], out_dims=0)(eye)
+        return rows.reshape((n, *batch, n)).movedim(0, -2)
 
 
 def _grad(output: Tensor, input: Tensor, v: Tensor) -> Tensor:
@@ -187,6 +201,7 @@ class Task:
         return t.reshape(*t.shape[: t.ndim - self.problem.value_ndim], -1)
 
 
+@quick_apply
 class SolutionMap(torch.autograd.Function):
     """``(init, *args) -> (value, status, steps, residual, *factors)`` with ``F(value, *args) = 0``."""
 
@@ -198,7 +213,7 @@ class SolutionMap(torch.autograd.Function):
             value, info, factors = problem.solve(*args) if init is None else problem.solve(init, *args)
             return (value, factors), info
 
-        with autocast_off(args[0] if init is None else init):
+        with plain_forward(args[0] if init is None else init):
             (value, factors), info = timed(problem.name, "forward", solve)
         names = problem.arg_names or tuple(f"args[{i}]" for i in range(len(args)))
         named = [*zip(names, args, strict=True), *([] if init is None else [("init", init)])]
@@ -224,7 +239,7 @@ class SolutionMap(torch.autograd.Function):
 
     @staticmethod
     def unpack(
-        ctx: Any, read: Callable[[Any], Any] = lambda t: t
+        ctx: Any, read: Callable[[Any], Any] = alive
     ) -> tuple[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
         """Value, failed elements (None unless the policy masks them), factors, arguments: all harmless."""
         value, status, *rest = map(read, ctx.saved_tensors)
@@ -290,7 +305,8 @@ class SolutionMap(torch.autograd.Function):
             out = SolutionMap.apply(task, None, *align(args, in_dims[2:], ndims))
         else:
             out = SolutionMap.apply(task, *align((init, *args), in_dims[1:], (task.problem.value_ndim, *ndims)))
-        return out, (0,) * len(out)
+        factors = factor_dims(out[4:], task.problem.factor_ndims, out[0].ndim - task.problem.value_ndim)
+        return out, (0, 0, 0, 0, *factors)
 
 
 def _apply(problem: ImplicitProblem, args: Sequence[Tensor], on_failure: OnFailure) -> Solution[Tensor]:

@@ -227,10 +227,10 @@ class FixedPoint(nn.Module):
         if constants:
             update = _Update(self.module, modes, constants)
             inputs = spec.unflatten([0 if i in constants else leaf for i, leaf in enumerate(leaves)])
-        parameters: Tensors = dict(self.module.named_parameters())
+        parameters = _own_tensors(self.module, "_parameters")
         if self.spectral_normalization is not None:
             parameters.update(_bounded(self.module, parameters, self.spectral_normalization))
-        buffers = {name: b for name, b in self.module.named_buffers() if _followed(b)}
+        buffers = {name: b for name, b in _own_tensors(self.module, "_buffers").items() if _followed(b)}
         masks = update.draw(dropping, start, parameters, buffers, inputs) if dropping else {}
         return update, (parameters, buffers, masks, inputs)
 
@@ -257,17 +257,17 @@ class _Update:
         drawn: dict[str, list[Tensor]] = {name: [] for name in names}
         copies = {name: b.clone() for name, b in buffers.items()}
         with torch.no_grad(), self._replaced({name: _Draw(found[name], drawn[name]) for name in names}):
-            functional_call(self.module, {**parameters, **copies}, (z, *self._restored(inputs)))
+            self._call(z, {**parameters, **copies}, inputs)
         return drawn
 
     def _evaluate(self, z: Any, parameters: Tensors, buffers: Tensors, inputs: Any) -> Any:
         if self.checked:
-            return functional_call(self.module, {**parameters, **buffers}, (z, *self._restored(inputs)))
+            return self._call(z, {**parameters, **buffers}, inputs)
         # the first evaluation works on copies, so that a module which is refused keeps its buffers
-        copies = {name: b.clone() for name, b in (*self.module.named_buffers(), *buffers.items())}
+        copies = {name: b.clone() for name, b in (_own_tensors(self.module, "_buffers") | buffers).items()}
         device = optree.tree_leaves(z)[0].device
         before = _random_state(device)
-        out = functional_call(self.module, {**parameters, **copies}, (z, *self._restored(inputs)))
+        out = self._call(z, {**parameters, **copies}, inputs)
         changed = [name for name, b in copies.items() if b._version]
         if changed:
             raise ValueError(
@@ -283,11 +283,11 @@ class _Update:
         self.checked = True
         return out
 
-    def _restored(self, inputs: Any) -> Any:
-        if not self.constants:
-            return inputs
-        leaves, spec = optree.tree_flatten(inputs)
-        return spec.unflatten([self.constants.get(i, leaf) for i, leaf in enumerate(leaves)])
+    def _call(self, z: Any, tensors: Tensors, inputs: Any) -> Any:
+        if self.constants:
+            leaves, spec = optree.tree_flatten(inputs)
+            inputs = spec.unflatten([self.constants.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return functional_call(self.module, tensors, (z, *inputs), tie_weights=False)
 
     @contextlib.contextmanager
     def _replaced(self, forwards: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
@@ -382,6 +382,16 @@ def _followed(leaf: Any) -> bool:
     if isinstance(leaf, Tensor):
         return leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool
     return isinstance(leaf, bool | int | float)
+
+
+def _own_tensors(module: nn.Module, kind: str) -> Tensors:
+    """Parameters or buffers by name, one name for each place in a module.
+
+    A parameter shared by two modules has two names here, and its gradients add up. Ties are not left to
+    ``functional_call``: in torch 2.13 it leaves a module that is reachable by two names with the wrong tensors.
+    """
+    places = ((prefix, getattr(m, kind)) for prefix, m in module.named_modules())
+    return {f"{prefix}.{name}".lstrip("."): t for prefix, own in places for name, t in own.items() if t is not None}
 
 
 def _dtype(leaf: Any) -> Any:

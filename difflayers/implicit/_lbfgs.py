@@ -8,9 +8,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from difflayers._solution import Info, Status
+from difflayers.linalg._autodiff import pullback
 
 from ._iterate import Function, IterativeSolver, Step, iterate, size
 from ._newton import polish
@@ -34,7 +34,7 @@ class _State(NamedTuple):
 
 def value_and_gradient(objective: Function, z: Tensor) -> tuple[Tensor, Tensor]:
     """The objective of every element and its gradient in `z`."""
-    f, pull = vjp(objective, z)
+    f, pull = pullback(objective, z)
     return f, pull(torch.ones_like(f))[0]
 
 

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from difflayers._solution import Info
+from difflayers.linalg._autodiff import linearise, pullback
 
 from ._iterate import Function, IterativeSolver, Step, iterate, size
 from ._newton import polish
@@ -17,14 +18,14 @@ from ._newton import polish
 
 def jacobian(function: Function, z: Tensor) -> tuple[Tensor, Tensor]:
     """``r`` of shape ``(*batch, m)`` and ``dr/dz`` of shape ``(*batch, m, n)``, by the shorter of the two directions."""
-    r, pull = vjp(function, z)
-    m, n = r.shape[-1], z.shape[-1]
+    m, n = function(z).shape[-1], z.shape[-1]
     if m < n:
+        r, pull = pullback(function, z)
         eye = torch.eye(m, dtype=z.dtype, device=z.device)
         return r, vmap(lambda e: pull(e.expand_as(r))[0], out_dims=-2)(eye)
-    _, push = vjp(lambda v: pull(v)[0], torch.zeros_like(r))
+    r, push = linearise(function, z)
     eye = torch.eye(n, dtype=z.dtype, device=z.device)
-    return r, vmap(lambda e: push(e.expand_as(z))[0], out_dims=-1)(eye)
+    return r, vmap(lambda e: push(e.expand_as(z)), out_dims=-1)(eye)
 
 
 def half_square(function: Function) -> Function:
@@ -36,7 +37,7 @@ def stationarity(function: Function) -> Function:
     """``J^T r``: zero at a minimum."""
 
     def condition(z: Tensor) -> Tensor:
-        r, pull = vjp(function, z)
+        r, pull = pullback(function, z)
         return pull(r)[0]
 
     return condition

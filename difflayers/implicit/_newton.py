@@ -22,7 +22,7 @@ def newton_direction(
     function: Function, z: Tensor, r: Tensor, linear_solver: LinearSolver | None
 ) -> tuple[Tensor, Tensor]:
     """``(dF/dz)^-1 r`` per element, and the status of that linear solve."""
-    problem = ImplicitProblem(solve=_never, residual=function, value_ndim=1, arg_ndims=())
+    problem = ImplicitProblem(solve=_never, residual=function, value_ndim=1, arg_ndims=None)
     solver = linear_solver or (LU() if z.shape[-1] <= DENSE_LIMIT else GMRES())
     system = ResidualSystem(solver, (1,), problem=problem)
     delta, info = solver.solve(system, (z,), solver.factor(system, (z,), z), r, False, None)

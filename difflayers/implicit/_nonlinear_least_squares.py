@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.func import vjp
 
 from difflayers._solution import OnFailure, Solution
-from difflayers.linalg._system import push_forward
+from difflayers.linalg._autodiff import pullback, push_forward
 
 from ._adjoints import Adjoint, Implicit
 from ._iterate import IterativeSolver
@@ -39,7 +38,7 @@ class GaussNewton:
 
         def jacobian_product(value: Tensor, args: tuple[Tensor, ...], v: Tensor, transpose: bool) -> Tensor:
             at = lambda z: function(z, *args)  # noqa: E731
-            return vjp(at, value)[1](push_forward(at, [value], [v]))[0]
+            return pullback(at, value)[1](push_forward(at, [value], [v]))[0]
 
         return jacobian_product
 

@@ -16,10 +16,11 @@ from torch.func import vmap
 
 from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import Info, OnFailure, Solution, check_policy, settle, timed
-from difflayers.linalg._system import autocast_off, forward_mode, primal
+from difflayers.linalg._autodiff import autocast_off, forward_mode, primal, quick_apply, transforms_active
+
+from difflayers.linalg._captured import Seen, refuse_coupling, refuse_held, refuse_seen
 
 from ._adjoints import Adjoint, OneStep, Unrolled
-from ._captured import Seen, refuse_coupling, refuse_held, refuse_seen, transforms_active
 from ._engine import ImplicitProblem, SolutionMap, Task
 from ._iterate import Function, IterativeSolver, unroll
 
@@ -153,12 +154,14 @@ class Unknown:
 
     def start(self, batch: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The given values as the solver's start."""
-        leaves = [leaf.detach().to(dtype).expand(*batch, *e) for leaf, e in zip(self.leaves, self.events, strict=True)]
+        leaves = [
+            leaf.detach().to(dtype).expand((*batch, *e)) for leaf, e in zip(self.leaves, self.events, strict=True)
+        ]
         return leaves[0] if self.plain else self.join(leaves, batch)
 
     def join(self, leaves: Sequence[Tensor], batch: tuple[int, ...]) -> Tensor:
         """Leaves to one vector per element."""
-        flat = [leaf.reshape(*batch, size) for leaf, size in zip(leaves, self.sizes, strict=True)]
+        flat = [leaf.reshape((*batch, size)) for leaf, size in zip(leaves, self.sizes, strict=True)]
         return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 
     def split(self, z: Tensor) -> Any:
@@ -167,7 +170,7 @@ class Unknown:
             return z
         parts = [z] if len(self.sizes) == 1 else z.split(self.sizes, -1)
         batch = z.shape[:-1]
-        return self.spec.unflatten([p.reshape(*batch, *e) for p, e in zip(parts, self.events, strict=True)])
+        return self.spec.unflatten([p.reshape((*batch, *e)) for p, e in zip(parts, self.events, strict=True)])
 
     def check_output(self, out: Any, z: Tensor, argument: str) -> Tensor:
         """The function's output as one vector per element, or a ``ValueError`` that says what differs."""
@@ -332,6 +335,7 @@ def _probe_under_transforms(flat: Callable[..., Tensor], z: Tensor, tensors: Seq
     refuse_seen([flat(*constants)], argument)
 
 
+@quick_apply
 class _Settle(torch.autograd.Function):
     """The failure policy of an unrolled solve: reads data, so it runs in a Function's forward."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,24 +16,35 @@ from ._system import LinearSolver, LinearSystem, Params
 
 def direct_info(singular: Tensor, x: Tensor, event_ndim: int) -> Info:
     """The report of a direct solve. Its residual is not measured here (NaN); ``linear_solve_ex`` measures it."""
-    batch = x.shape[: x.ndim - event_ndim]
-    status = torch.where(singular, int(Status.SINGULAR), int(Status.CONVERGED)).expand(batch)
-    steps = torch.zeros(batch, dtype=torch.int64, device=x.device)
-    return Info(status, steps, torch.full(batch, float("nan"), dtype=x.dtype, device=x.device))
+    finite = torch.isfinite(x.flatten(x.ndim - event_ndim)).all(-1)
+    status = torch.where(finite, 0, int(Status.DIVERGED))
+    status = torch.where(singular, int(Status.SINGULAR), status)
+    return Info(status, torch.zeros_like(status), torch.full_like(status, math.nan, dtype=x.dtype))
 
 
-def solve_columns(solve: Callable[[Tensor], Tensor], factor_batch: int, rhs: Tensor) -> Tensor:
-    """Feeds vectors ``(*extra, *batch, n)`` to a matrix solver, extra leading dimensions as columns.
+def solve_columns(solve: Callable[..., Tensor], factors: Sequence[Tensor], ndims: Sequence[int], rhs: Tensor) -> Tensor:
+    """Feeds vectors ``(*extra, *batch, n)`` to ``solve(*factors, columns)``, extra leading dimensions as columns.
 
     One factorisation then serves all cotangents of ``jacrev`` or ``vmap`` in one call.
     """
-    extra = rhs.ndim - 1 - factor_batch
-    if extra <= 0:
-        return solve(rhs.unsqueeze(-1)).squeeze(-1)
-    lead = rhs.shape[:extra]
-    columns = rhs.flatten(0, extra - 1).movedim(0, -1)
-    x = solve(columns).movedim(-1, 0)
-    return x.reshape(*lead, *x.shape[1:])
+    batch = factors[0].shape[: factors[0].ndim - ndims[0]]
+    extra = rhs.ndim - 1 - len(batch)
+    lead = rhs.shape[: max(extra, 0)]
+    columns = rhs.unsqueeze(-1) if extra <= 0 else rhs.flatten(0, extra - 1).movedim(0, -1)
+    if len(batch) > 1 or batch != columns.shape[:-2]:
+        # one batch dimension: torch's batched triangular and LU solves misread the strides of dimensions of size 1
+        full = torch.broadcast_shapes(batch, columns.shape[:-2])
+        factors = [_one_batch(f, full, k) for f, k in zip(factors, ndims, strict=True)]
+        x = solve(*factors, _one_batch(columns, full, 2))
+        x = x.reshape((*full, *x.shape[1:]))
+    else:
+        x = solve(*factors, columns)
+    return x.squeeze(-1) if extra <= 0 else x.movedim(-1, 0).reshape((*lead, *x.shape[:-1]))
+
+
+def _one_batch(t: Tensor, batch: torch.Size, event_ndim: int) -> Tensor:
+    event = t.shape[t.ndim - event_ndim :]
+    return t.expand((*batch, *event)).reshape((-1, *event))
 
 
 def _row_scale(A: Tensor) -> Tensor:
@@ -78,17 +90,11 @@ class LU(LinearSolver):
         if not transpose:
             rhs = rhs / scale
         x = solve_columns(
-            lambda b: torch.linalg.lu_solve(*_widen(lu, pivots, b), b, adjoint=transpose), lu.ndim - 2, rhs
+            lambda lu, pivots, b: torch.linalg.lu_solve(lu, pivots, b, adjoint=transpose), (lu, pivots), (2, 1), rhs
         )
         if transpose:
             x = x / scale
         return x, direct_info(singular, x, 1)
-
-
-def _widen(lu: Tensor, pivots: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """LU factors expanded to the batch of the right-hand sides."""
-    batch = torch.broadcast_shapes(lu.shape[:-2], b.shape[:-2])
-    return lu.expand(*batch, *lu.shape[-2:]), pivots.expand(*batch, pivots.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class Cholesky(LinearSolver):
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
     ) -> tuple[Tensor, Info]:
         factor, scale, singular = factors
-        x = solve_columns(lambda b: torch.cholesky_solve(b, factor), factor.ndim - 2, rhs / scale) / scale
+        x = solve_columns(lambda L, b: torch.cholesky_solve(b, L), (factor,), (2,), rhs / scale) / scale
         return x, direct_info(singular, x, 1)
 
 
@@ -136,9 +142,12 @@ class QR(LinearSolver):
     ) -> tuple[Tensor, Info]:
         Q, R, scale, singular = factors
         if transpose:
-            forward = lambda b: Q @ torch.linalg.solve_triangular(R.mT, b, upper=False)  # noqa: E731
-            x = solve_columns(forward, R.ndim - 2, rhs) / scale
+            x = solve_columns(
+                lambda Q, R, b: Q @ torch.linalg.solve_triangular(R.mT, b, upper=False), (Q, R), (2, 2), rhs
+            )
+            x = x / scale
         else:
-            back = lambda b: torch.linalg.solve_triangular(R, Q.mT @ b, upper=True)  # noqa: E731
-            x = solve_columns(back, R.ndim - 2, rhs / scale)
+            x = solve_columns(
+                lambda Q, R, b: torch.linalg.solve_triangular(R, Q.mT @ b, upper=True), (Q, R), (2, 2), rhs / scale
+            )
         return x, direct_info(singular, x, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,11 +25,27 @@ def _norm(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=-1, keepdim=True)
 
 
-def _finish(x: Tensor, norm: Tensor, tol: Tensor, steps: Tensor, broken: Tensor) -> tuple[Tensor, Info]:
+def _scaled(
+    rhs: Tensor, init: Tensor | None, atol: float, rtol: float | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The system for a right-hand side of unit length, so that no product of small numbers underflows.
+
+    Returns the length, the scaled right-hand side and start, and the tolerance in that scale.
+    """
+    length = _norm(rhs)
+    length = torch.where(length > 0, length, 1)
+    start = None if init is None else init.expand_as(rhs) / length
+    return length, rhs / length, start, atol / length + default_rtol(rtol, rhs.dtype)
+
+
+def _finish(x: Tensor, norm: Tensor, tol: Tensor, steps: Tensor, broken: Tensor, length: Tensor) -> tuple[Tensor, Info]:
     status = torch.where(broken, int(Status.SINGULAR), int(Status.MAX_STEPS))
-    status = torch.where(norm <= tol, int(Status.CONVERGED), status)
-    status = torch.where(torch.isfinite(norm), status, int(Status.DIVERGED))
-    return x, Info(status.squeeze(-1), steps.squeeze(-1), norm.squeeze(-1))
+    # recurrences drift from the true residual by rounding: a small factor, then the verdict is on the true one
+    status = torch.where(norm <= 10 * tol, int(Status.CONVERGED), status)
+    finite = torch.isfinite(norm)
+    status = torch.where(finite, status, int(Status.DIVERGED))
+    x = torch.where(finite, x * length, math.nan)
+    return x, Info(status.squeeze(-1), steps.squeeze(-1), (norm * length).squeeze(-1))
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,8 @@ class CG(LinearSolver):
     ) -> tuple[Tensor, Info]:
         product = system.operator(params, rhs, transpose)
         precondition = self.preconditioner or (lambda params, r: r)
-        tol = self.atol + default_rtol(self.rtol, rhs.dtype) * _norm(rhs)
-        x = torch.zeros_like(rhs) if init is None else init.expand_as(rhs)
+        length, rhs, init, tol = _scaled(rhs, init, self.atol, self.rtol)
+        x = torch.zeros_like(rhs) if init is None else init
         r = rhs if init is None else rhs - product(x)
         z = precondition(params, r)
         p, rz, norm = z, _dot(r, z), _norm(r)
@@ -82,18 +99,16 @@ class CG(LinearSolver):
             steps = steps + active
             norm = _norm(r)
             active = active & (norm > tol)
-        norm = _norm(rhs - product(x))
-        # the recurrence may drift from the true residual by rounding; a small factor keeps the verdict honest
-        return _finish(x, norm, 10 * tol, steps, broken)
+        return _finish(x, _norm(rhs - product(x)), tol, steps, broken, length)
 
 
 @dataclass(frozen=True)
 class GMRES(LinearSolver):
     """Restarted minimal residuals for any square map.
 
-    The adaptive simpler variant: search directions are kept together with their orthonormal images, so the iterate and
-    its residual are known at every step and each element stops on its own without a small least-squares problem. The
-    next direction is the residual while it shrinks, the last image where it stalls.
+    The adaptive simpler variant: the images of the search directions are kept orthonormal, so the residual is known at
+    every step and each element stops on its own, without a small least-squares problem. The next direction is the
+    residual while it shrinks, the last image where it stalls.
 
     Args:
         rtol: Relative tolerance on ``||b - A x||``; None picks it by dtype.
@@ -104,8 +119,8 @@ class GMRES(LinearSolver):
         preconditioner: ``fn(params, r)``, an approximate inverse, applied from the right.
 
     Source: P. Jiranek, M. Rozloznik, Adaptive version of simpler GMRES, Numerical Algorithms 53, 2010 (algorithm 1).
-    Departure: directions are updated with their images (as in GCR) instead of a triangular solve at the end of a cycle,
-    and images are orthogonalised twice.
+    Departure: images are orthogonalised twice, and plain corrections ``x + r`` come first while each of them shrinks the
+    residual to a third.
     """
 
     rtol: float | None = None
@@ -120,49 +135,91 @@ class GMRES(LinearSolver):
     ) -> tuple[Tensor, Info]:
         product = system.operator(params, rhs, transpose)
         precondition = self.preconditioner or (lambda params, r: r)
-        tol = self.atol + default_rtol(self.rtol, rhs.dtype) * _norm(rhs)
-        x = torch.zeros_like(rhs) if init is None else init.expand_as(rhs).clone()
+        length, rhs, init, tol = _scaled(rhs, init, self.atol, self.rtol)
+        x = torch.zeros_like(rhs) if init is None else init
         r = rhs if init is None else rhs - product(x)
         norm = _norm(r)
         active = norm > tol
         steps = torch.zeros(norm.shape, dtype=torch.int64, device=rhs.device)
+        taken = 0
+        # Plain corrections first: where the map is close to the identity (the adjoint of a strong contraction) nothing
+        # is cheaper. Each element leaves as soon as a correction shrinks its residual too little.
+        plain = active
+        while taken < self.max_steps and not self._done(plain, taken):
+            d = precondition(params, r)
+            r_new = r - product(d)
+            norm_new = _norm(r_new)
+            plain = plain & (norm_new <= 0.3 * norm)
+            x, r, norm = torch.where(plain, x + d, x), torch.where(plain, r_new, r), torch.where(plain, norm_new, norm)
+            steps = steps + active
+            active = active & (norm > tol)
+            plain = plain & active
+            taken += 1
         broken = torch.zeros_like(active)
-        m, noise = min(self.restart, rhs.shape[-1]), 10 * torch.finfo(rhs.dtype).eps
-        for k in range(self.max_steps):
-            if self.check_every and k % self.check_every == 0 and not bool(active.any()):
-                break
-            j = k % m
-            if j == 0:  # a new cycle, from the true residual
-                if k:
-                    r = rhs - product(x)
-                    active = active & (_norm(r) > tol)
-                U = rhs.new_zeros(*rhs.shape[:-1], m, rhs.shape[-1])
-                Q = torch.zeros_like(U)
-                direction = r
-            direction = direction / torch.where(active, _norm(direction), 1)
+        while taken < self.max_steps and not self._done(active, taken):
+            x, used, newly_broken, steps = self._cycle(
+                product, precondition, params, x, r, active, tol, steps, self.max_steps - taken
+            )
+            taken += used
+            before, r = norm, rhs - product(x)
+            norm = _norm(r)
+            broken = broken | newly_broken
+            # a cycle that gained nothing will gain nothing again
+            active = active & (norm > tol) & (norm < 0.9 * before) & ~broken
+        return _finish(x, norm, tol, steps, broken, length)
+
+    def _done(self, active: Tensor, taken: int) -> bool:
+        return bool(self.check_every) and taken % self.check_every == 0 and not bool(active.any())
+
+    def _cycle(
+        self,
+        product: Callable[[Tensor], Tensor],
+        precondition: Preconditioner,
+        params: Params,
+        x: Tensor,
+        r: Tensor,
+        active: Tensor,
+        tol: Tensor,
+        steps: Tensor,
+        budget: int,
+    ) -> tuple[Tensor, int, Tensor, Tensor]:
+        """Up to `restart` steps from the residual `r`: new iterate, steps used, exhausted elements, step counts."""
+        m, noise = min(self.restart, r.shape[-1], budget), 10 * torch.finfo(r.dtype).eps
+        U = r.new_empty((*r.shape[:-1], m, r.shape[-1]))  # directions
+        Q = torch.empty_like(U)  # their orthonormal images: A U = R^T Q, row by row
+        R = r.new_zeros((*r.shape[:-1], m, m))
+        a = r.new_zeros((*r.shape[:-1], m))
+        broken = torch.zeros_like(active)
+        norm = _norm(r)
+        direction = r / torch.where(active, norm, 1)
+        used = 0
+        for j in range(m):
             u = precondition(params, direction)
             q = product(u)
             size = _norm(q)
             if j:
-                images, directions = Q[..., :j, :], U[..., :j, :]
-                for _ in range(2):
+                images = Q[..., :j, :]
+                for _ in range(2):  # twice is enough
                     c = images @ q.unsqueeze(-1)
-                    q = q - (c.mT @ images).squeeze(-2)
-                    u = u - (c.mT @ directions).squeeze(-2)
+                    q = q - (images.mT @ c).squeeze(-1)
+                    R[..., :j, j] += c.squeeze(-1)
             h = _norm(q)
             # the space is exhausted: the map is singular on it (a lucky end has already met its tolerance)
             broken = broken | (active & (h <= noise * size))
             active = active & ~broken
             h = torch.where(active, h, 1)
-            q, u = q / h, u / h
-            Q[..., j, :], U[..., j, :] = q, u
-            a = torch.where(active, _dot(q, r), 0)
-            x = x + a * u
-            r_new = r - a * q
-            norm_new = _norm(r_new)
-            direction = torch.where(norm_new < 0.9 * norm, r_new, q)
-            r, norm = r_new, norm_new
+            q = q / h
+            U[..., j, :], Q[..., j, :], R[..., j, j] = u, q, h.squeeze(-1)
+            gain = torch.where(active, _dot(q, r), 0)
+            a[..., j] = gain.squeeze(-1)
+            r = r - gain * q
+            before, norm = norm, _norm(r)
+            # the residual while it shrinks, the last image where it stalls
+            direction = torch.where(norm < 0.9 * before, r / torch.where(norm > 0, norm, 1), q)
             steps = steps + active
             active = active & (norm > tol)
-        norm = _norm(rhs - product(x))
-        return _finish(x, norm, 10 * tol, steps, broken)
+            used = j + 1
+            if self.check_every and used % self.check_every == 0 and not bool(active.any()):
+                break
+        y = torch.linalg.solve_triangular(R[..., :used, :used], a[..., :used].unsqueeze(-1), upper=True)
+        return x + (U[..., :used, :].mT @ y).squeeze(-1), used, broken, steps

@@ -41,6 +41,7 @@ from difflayers._solution import (
     timed,
 )
 
+from ._autodiff import alive, autocast_off, forward_mode, jvp_where, plain_forward, primal, quick_apply
 from ._direct import direct_info, solve_columns, tiny_pivots
 from ._grads_batched import batched_backward
 from ._system import (
@@ -49,17 +50,15 @@ from ._system import (
     Params,
     SystemSolve,
     align,
-    autocast_off,
     expand_mask,
-    forward_mode,
+    factor_dims,
     harmless,
-    jvp_where,
     mask_failed,
-    primal,
 )
 
 NAMES = ("A", "y", "weights", "ridge", "center", "C", "d")
 NDIMS = (2, 1, 1, 0, 1, 2, 1)
+FACTOR_NDIMS = (2, 0, 2, 2)
 Data = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -142,15 +141,17 @@ class NullSpaceSolver(LinearSolver):
 
 def _gram_solve(R: Tensor, v: Tensor) -> Tensor:
     """``(R^T R)^-1 v``."""
-    return solve_columns(lambda b: torch.cholesky_solve(b, R, upper=True), R.ndim - 2, v) if R.shape[-1] else v
+    if not R.shape[-1]:
+        return v
+    return solve_columns(lambda R, b: torch.cholesky_solve(b, R, upper=True), (R,), (2,), v)
 
 
 def _upper_solve(R: Tensor, v: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(R, v.unsqueeze(-1), upper=True).squeeze(-1)
+    return solve_columns(lambda R, b: torch.linalg.solve_triangular(R, b, upper=True), (R,), (2,), v)
 
 
 def _lower_solve(R: Tensor, v: Tensor) -> Tensor:
-    return torch.linalg.solve_triangular(R.mT, v.unsqueeze(-1), upper=False).squeeze(-1)
+    return solve_columns(lambda R, b: torch.linalg.solve_triangular(R.mT, b, upper=False), (R,), (2,), v)
 
 
 def factorise(A: Tensor, s: Tensor | None, lam: Tensor | None, C: Tensor | None) -> tuple[Params, Tensor, Tensor]:
@@ -251,10 +252,7 @@ def solve_forward(*data: Tensor | None) -> tuple[Tensor, Info, Params]:
         if lam is not None:
             t = t - lam.unsqueeze(-1) * (w if w0 is None else w - w0)
         w = torch.cat(_padded(w, _upper_solve(Rc, _times(Q1.mT, t))), -1)
-    info = direct_info(singular, w, 1)
-    finite = torch.isfinite(w).all(-1)
-    status = torch.where(finite, info.status, torch.where(info.status > 0, info.status, int(Status.DIVERGED)))
-    return w, info._replace(status=status), factors
+    return w, direct_info(singular, w, 1), factors
 
 
 def _householder(M: Tensor, lam: Tensor | None, b: Tensor, e: Tensor | None, poor: Tensor) -> Tensor:
@@ -274,6 +272,7 @@ def _householder(M: Tensor, lam: Tensor | None, b: Tensor, e: Tensor | None, poo
     return out
 
 
+@quick_apply
 class LeastSquaresMap(torch.autograd.Function):
     """``(A, y, s, lam, w0, C, d) -> (x, status, steps, residual, *factors)`` by the formulas above."""
 
@@ -285,7 +284,7 @@ class LeastSquaresMap(torch.autograd.Function):
             x, info, factors = solve_forward(*data)
             return (x, factors), info
 
-        with autocast_off(tensors[0][1]):
+        with plain_forward(tensors[0][1]):
             (x, factors), info = timed("least_squares", "forward", solve)
         x = settle(x, info, on_failure, name="least_squares", diagnose=lambda: check_finite(tensors))
         return (x, *info, *factors)
@@ -302,7 +301,7 @@ class LeastSquaresMap(torch.autograd.Function):
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def unpack(ctx: Any, read: Any = lambda t: t) -> tuple[Tensor, Tensor | None, Params, Data, KKTSystem, Params]:
+    def unpack(ctx: Any, read: Any = alive) -> tuple[Tensor, Tensor | None, Params, Data, KKTSystem, Params]:
         """Solution, failed elements, factors, data, and the system of the derivative: all harmless."""
         x, status, *rest = map(read, ctx.saved_tensors)
         factors, tensors = tuple(rest[: ctx.factor_count]), rest[ctx.factor_count :]
@@ -318,7 +317,7 @@ class LeastSquaresMap(torch.autograd.Function):
         system = KKTSystem(
             NullSpaceSolver(),
             tuple(k for k, t in zip((2, 1, 0, 2), (A, s, lam, C), strict=True) if t is not None),
-            factor_ndims=(2, 0, 2, 2)[: len(factors)],
+            factor_ndims=FACTOR_NDIMS[: len(factors)],
             on_failure=ctx.on_failure,
             name="least_squares",
             symmetric=True,
@@ -376,15 +375,7 @@ class LeastSquaresMap(torch.autograd.Function):
         present = [(t, d, k) for t, d, k in zip(data, in_dims[1:], NDIMS, strict=True) if t is not None]
         aligned = iter(align(*zip(*present, strict=True)))  # type: ignore[arg-type]
         out = LeastSquaresMap.apply(on_failure, *(None if t is None else next(aligned) for t in data))
-        size = info.batch_size
-        # factors of parameters that are not vmapped carry no leading dimension of their own
-        dims = [0] * 4 + [0 if _led(f, k, size, out[0].ndim - 1) else None for f, k in zip(out[4:], (2, 0, 2, 2), strict=False)]
-        return out, tuple(dims)
-
-
-def _led(factor: Tensor, event_ndim: int, size: int, batch_rank: int) -> bool:
-    """Whether the leading dimension of a factor is the vmapped one."""
-    return factor.ndim - event_ndim == batch_rank and factor.shape[0] == size
+        return out, (0, 0, 0, 0, *factor_dims(out[4:], FACTOR_NDIMS[: len(out) - 4], out[0].ndim - 1))
 
 
 def _summed(g: Tensor, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from difflayers._checks import broadcast_batch, check_same, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
 
+from ._captured import refuse_held, refuse_seen
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
 from ._operator import LinearOperator, MatrixSystem, OperatorSystem, Tag, check_matrix
@@ -106,6 +107,12 @@ def _solve(
     work = compute_dtype(dtype)
     params = tuple(p.to(work) if p.is_floating_point() else p for p in params)
     rhs = b.to(work)
+    if system.param_ndims is not None:
+        shapes = [tuple(p.shape[: p.ndim - k]) for p, k in zip(params, system.param_ndims, strict=True)]
+        batch = broadcast_batch(
+            [("b", tuple(rhs.shape[:-1])), *zip(system.param_names or ["A.params"] * len(shapes), shapes, strict=True)]
+        )
+        rhs = rhs.expand((*batch, rhs.shape[-1]))
     if init is not None:
         init = check_tensor("init", init, min_ndim=1)
         check_same([("b", b), ("init", init)])
@@ -125,6 +132,10 @@ def _system(
     n = b.shape[-1]
     needs_symmetry = isinstance(solver, CG | Cholesky)
     if isinstance(A, LinearOperator):
+        refuse_held(A.matvec, "A.matvec")
+        with torch.enable_grad():  # on constants: a product that is differentiated all the same captured something
+            constants = tuple(torch.ones_like(p.detach()) if p.is_floating_point() else p for p in A.params)
+            refuse_seen([A.matvec(constants, torch.ones_like(b.detach()))], "A.matvec")
         check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
         positive = bool(A.tags & Tag.POSITIVE_DEFINITE)
         if needs_symmetry and not positive:
@@ -138,7 +149,6 @@ def _system(
     check_same([("b", b), ("A", A)])
     if A.shape[-1] != n:
         raise ValueError(f"b: expected {A.shape[-1]} entries in the last dimension as A has columns, got {n}")
-    broadcast_batch([("A", A.shape[:-2]), ("b", b.shape[:-1])])
     solver = solver or default_solver(n, dense=True, positive_definite=False)
     system = MatrixSystem(solver, (2,), on_failure=on_failure, symmetric=needs_symmetry, param_names=("A",))
     if needs_symmetry and on_failure != "ignore":

@@ -8,21 +8,19 @@ and double backward cost one factorisation.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.func import vjp
 
 from difflayers._checks import check_finite
 from difflayers._solution import Info, OnFailure, current_listeners, listening, settle, timed
 
+from ._autodiff import alive, autocast_off, forward_mode, jvp_where, plain_forward, primal, quick_apply, vjp_where
 from ._grads_batched import batched_backward
 
 Params = tuple[Tensor, ...]
@@ -100,19 +98,6 @@ class LiftedSystem(LinearSystem):
         return torch.func.vmap(lambda v, *p: self.inner.apply(p, v, transpose), in_dims=(0, *self.in_dims))(v, *params)
 
 
-def autocast_off(like: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Solvers work in the dtype they were given, also under autocast."""
-    kind = like.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
-
-
-def batch_of(t: Tensor, event_ndim: int) -> torch.Size:
-    """The batch dimensions of `t`."""
-    return t.shape[: t.ndim - event_ndim]
-
-
 def align(tensors: Sequence[Tensor], in_dims: Sequence[int | None], ndims: Sequence[int]) -> list[Tensor]:
     """Moves the vmapped dimension first and pads batch dimensions, so that ordinary broadcasting pairs them up."""
     rank = max(t.ndim - (d is not None) - k for t, d, k in zip(tensors, in_dims, ndims, strict=True))
@@ -123,43 +108,6 @@ def align(tensors: Sequence[Tensor], in_dims: Sequence[int | None], ndims: Seque
             t = t.reshape(t.shape[0], *([1] * (rank - (t.ndim - 1 - k))), *t.shape[1:])
         out.append(t)
     return out
-
-
-def push_forward(f: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
-    """Jacobian-vector product by two reverse passes, because torch does not nest forward mode."""
-    out, pull = vjp(f, *primals)
-    _, push = vjp(pull, torch.zeros_like(out))
-    return push(tuple(tangents))[0]
-
-
-def vjp_where(f: Callable[..., Tensor], primals: Sequence[Tensor], wanted: Sequence[bool], g: Tensor) -> list[Any]:
-    """Cotangents of the `wanted` primals, None for the others (integers, or nobody asks)."""
-    picked = [i for i, w in enumerate(wanted) if w]
-    if not picked:
-        return [None] * len(primals)
-    _, pull = vjp(restrict(f, primals, picked), *(primals[i] for i in picked))
-    cotangents = dict(zip(picked, pull(g), strict=True))
-    return [cotangents.get(i) for i in range(len(primals))]
-
-
-def jvp_where(f: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor | None:
-    """The directional derivative along the tangents that exist, None where there is none."""
-    picked = [i for i, t in enumerate(tangents) if t is not None]
-    if not picked:
-        return None
-    return push_forward(restrict(f, primals, picked), [primals[i] for i in picked], [tangents[i] for i in picked])  # type: ignore[misc]
-
-
-def restrict(f: Callable[..., Tensor], primals: Sequence[Tensor], picked: Sequence[int]) -> Callable[..., Tensor]:
-    """`f` as a function of the picked arguments only."""
-
-    def restricted(*some: Tensor) -> Tensor:
-        full = list(primals)
-        for i, t in zip(picked, some, strict=True):
-            full[i] = t
-        return f(*full)
-
-    return restricted
 
 
 def harmless(tensors: Sequence[Tensor], ndims: Sequence[int] | None, failed: Tensor) -> list[Tensor]:
@@ -176,31 +124,17 @@ def harmless(tensors: Sequence[Tensor], ndims: Sequence[int] | None, failed: Ten
     for t, k in zip(tensors, ndims, strict=True):
         if t.ndim > k and good is not None:
             event = t.shape[t.ndim - k :]
-            wide = t.expand(*batch, *event)
+            wide = t.expand((*batch, *event))
             copy = wide.reshape(-1, *event).index_select(0, good[None]).reshape(event)
             t = torch.where(expand_mask(failed, k), copy, wide)
         out.append(t)
     return out
 
 
-@contextlib.contextmanager
-def forward_mode() -> Iterator[None]:
-    """Forward mode switched on, inside the rules of a Function.
-
-    torch switches it off there, which loses the derivative of `jvp` along an outer forward-mode level without a word;
-    :func:`primal` is the other half of the remedy.
-    """
-    before = torch._C._is_fwd_grad_enabled()
-    torch._C._set_fwd_grad_enabled(True)
-    try:
-        yield
-    finally:
-        torch._C._set_fwd_grad_enabled(before)
-
-
-def primal(t: Any) -> Any:
-    """`t` without its tangent at the current level: inside `jvp`, only outer levels may still follow it."""
-    return forward_ad.unpack_dual(t).primal if isinstance(t, Tensor) and t.is_floating_point() else t
+def unfit(t: Tensor, event_ndim: int) -> Tensor:
+    """The elements that contain NaN or Inf."""
+    bad = ~torch.isfinite(t)
+    return bad.flatten(bad.ndim - event_ndim).any(-1) if event_ndim else bad
 
 
 def expand_mask(mask: Tensor, event_ndim: int) -> Tensor:
@@ -220,12 +154,13 @@ def mask_failed(w: Tensor, g: Tensor, failed: Tensor, event_ndim: int) -> Tensor
     return torch.where(expand_mask(failed, event_ndim), replacement.to(w.dtype), w)
 
 
+@quick_apply
 class Factorise(torch.autograd.Function):
     """The factors of ``A(params)``: computed once, on plain tensors, and never differentiated."""
 
     @staticmethod
     def forward(system: LinearSystem, like: Tensor, *params: Tensor) -> Params:
-        with autocast_off(like):
+        with plain_forward(like):
             return system.solver.factor(system, params, like)
 
     @staticmethod
@@ -243,9 +178,21 @@ class Factorise(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, system: LinearSystem, like: Tensor, *params: Tensor) -> Any:
+        if all(d is None for d in in_dims[2:]):  # the matrix is not mapped, so neither are its factors
+            like = like if in_dims[1] is None else like.select(in_dims[1], 0)
+            out = Factorise.apply(system, like, *params)
+            return out, (None,) * len(out)
         system, (like, *params) = lifted(system, info.batch_size, in_dims[1:], (like, *params))
         out = Factorise.apply(system, like, *params)
-        return out, (0,) * len(out)
+        return out, factor_dims(out, system.factor_ndims, like.ndim - system.vector_ndim)
+
+
+def factor_dims(factors: Sequence[Tensor], ndims: Sequence[int], batch_rank: int) -> tuple[int | None, ...]:
+    """Where each factor carries the dimension that a vmap rule moved to the front of a batch of `batch_rank`.
+
+    Batch dimensions are aligned, so a factor made from a mapped parameter has all of them, and any other fewer.
+    """
+    return tuple(0 if f.ndim - k == batch_rank else None for f, k in zip(factors, ndims, strict=True))
 
 
 def lifted(
@@ -264,6 +211,7 @@ def lifted(
     return system, [*align(tensors[:head], in_dims[:head], (system.vector_ndim, *extra)), *params]
 
 
+@quick_apply
 class SystemSolve(torch.autograd.Function):
     """``(x, status, steps, residual)`` with ``A(params) x = rhs`` or ``A(params)^T x = rhs``."""
 
@@ -273,15 +221,22 @@ class SystemSolve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         k = len(system.factor_ndims)
         factors, params = tensors[:k], tensors[k:]
-        with autocast_off(rhs):
+        with plain_forward(rhs):
             x, info = timed(
                 system.name, phase, lambda: system.solver.solve(system, params, factors, rhs, transpose, init)
             )
         names = system.param_names or tuple(f"params[{i}]" for i in range(len(params)))
         checked = [*zip(names, params, strict=True), ("b", rhs)] if phase == "forward" else []
         x = settle(
-            x, info, system.on_failure, name=system.name, phase=phase, diagnose=lambda: check_finite(checked)
-        )  # fmt: skip
+            x,
+            info,
+            system.on_failure,
+            name=system.name,
+            phase=phase,
+            diagnose=lambda: check_finite(checked),
+            # a cotangent that is not finite is the caller's (gradient scalers probe for it): it passes through
+            excused=None if phase == "forward" else lambda: unfit(rhs, system.vector_ndim),
+        )
         return (x, *info)
 
     @staticmethod
@@ -294,7 +249,7 @@ class SystemSolve(torch.autograd.Function):
 
     @staticmethod
     def unpack(
-        ctx: Any, read: Callable[[Any], Any] = lambda t: t
+        ctx: Any, read: Callable[[Any], Any] = alive
     ) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
         """Solution, failed elements (None unless the policy masks them), factors, parameters: all harmless."""
         x, status, *tensors = map(read, ctx.saved_tensors)

@@ -27,6 +27,7 @@ class Hostile(NamedTuple):
         match: A regular expression that the message must contain.
         fn: Another function of `inputs`, where the case's own is not meant.
         oracle: What the value has to be; None: the oracle of the case, if there is one.
+        may_fail: An honest SolveError or SolveWarning is as good as a sound result.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Hostile(NamedTuple):
     match: str = ""
     fn: Function | None = None
     oracle: Function | None = None
+    may_fail: bool = False
 
 
 class Wrong(NamedTuple):
@@ -184,7 +186,10 @@ class LayerCase:
 
     def spoiled(self, inputs: Inputs, position: int) -> Inputs:
         """The inputs with the element at `position` replaced by one that fails."""
-        index, event = self.bad or (self.batched.index(True), torch.full((), math.nan, dtype=torch.float64, device="cpu"))
+        index, event = self.bad or (
+            self.batched.index(True),
+            torch.full((), math.nan, dtype=torch.float64, device="cpu"),
+        )
         out = list(inputs)
         spoilt = out[index].clone()
         spoilt[position] = event.to(spoilt)

@@ -95,9 +95,7 @@ def check_gradient(
         model = copy.deepcopy(model).double()
     leaves, spec = optree.tree_flatten(batch, none_is_leaf=True)
     paths = optree.tree_paths(batch, none_is_leaf=True)
-    data = [
-        t.detach().double().clone() if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves
-    ]
+    data = [t.detach().double().clone() if isinstance(t, Tensor) and t.is_floating_point() else t for t in leaves]
     named: list[tuple[str, Tensor]] = []
     if isinstance(model, nn.Module):
         named += [(n, p) for n, p in model.named_parameters() if p.requires_grad]

@@ -38,7 +38,7 @@ def vmap_equals_loop(case: LayerCase, device: torch.device) -> None:
 
 @clause(needs=requires("shared"))
 def vmap_over_shared(case: LayerCase, device: torch.device) -> None:
-    """vmap over a shared parameter equals a loop over it, value and gradient."""
+    """Vmap over a shared parameter equals a loop over it, value and gradient."""
     inputs = case.at(device)
     stacked, dims = nudged(case, inputs)
     copies = [tuple(t if d is None else t[k] for t, d in zip(stacked, dims, strict=True)) for k in range(2)]
@@ -52,7 +52,7 @@ def vmap_over_shared(case: LayerCase, device: torch.device) -> None:
 
 @clause(needs=requires("size"))
 def nested_vmap(case: LayerCase, device: torch.device) -> None:
-    """vmap inside vmap, also with shared parameters mapped by one of them, equals a double loop."""
+    """Vmap inside vmap, also with shared parameters mapped by one of them, equals a double loop."""
     inputs = case.at(device)
     if case.shared:
         stacked, dims = nudged(case, inputs)
@@ -69,7 +69,7 @@ def nested_vmap(case: LayerCase, device: torch.device) -> None:
 
 @clause(needs=requires("size"))
 def per_sample_gradients(case: LayerCase, device: torch.device) -> None:
-    """vmap of grad gives the gradient of every sample in every input."""
+    """Vmap of grad gives the gradient of every sample in every input."""
     inputs = case.at(device)
     every = tuple(range(len(inputs)))
     scalar = lambda *x: weighted(case.fn(*x))  # noqa: E731
@@ -80,7 +80,7 @@ def per_sample_gradients(case: LayerCase, device: torch.device) -> None:
 
 @clause(needs=requires("size"))
 def vmapped_hessian(case: LayerCase, device: torch.device) -> None:
-    """vmap of hessian gives the Hessian of every sample."""
+    """Vmap of hessian gives the Hessian of every sample."""
     inputs = case.at(device)
     every = tuple(range(len(inputs)))
     scalar = lambda *x: weighted(case.fn(*x))  # noqa: E731

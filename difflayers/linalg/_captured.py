@@ -95,11 +95,6 @@ def refuse_seen(outputs: Sequence[Tensor], argument: str) -> None:
             _refuse("from an outer scope", argument)
 
 
-def transforms_active() -> bool:
-    """Whether a ``torch.func`` transform is running."""
-    return bool(_functorch.maybe_current_level())
-
-
 class Seen:
     """Functions that have passed a check, remembered as long as they live.
 

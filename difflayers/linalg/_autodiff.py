@@ -1,0 +1,174 @@
+"""What the library's Functions need from autograd, and where torch needs a hand.
+
+Everything here works at any nesting of ``torch.func`` transforms, under plain autograd, and inside a Function's forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch.func import vjp
+
+_functorch = torch._C._functorch
+_hooks = torch._C._autograd
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or forward mode is running at this point."""
+    return bool(_functorch.maybe_current_level()) or forward_ad._current_level >= 0
+
+
+def pullback(
+    f: Callable[..., Tensor], *primals: Tensor, record: bool | None = None
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
+    """``f(*primals)`` and the function that pulls a cotangent back to the primals: ``torch.func.vjp``, at half its cost.
+
+    Outside of transforms plain autograd does it: on aliases of the primals, so that only the paths through them count,
+    and recording the products themselves where `record` (None: grad mode) says so. The pullback may be called several
+    times.
+    """
+    if transforms_active():
+        return vjp(f, *primals)
+    record = torch.is_grad_enabled() if record is None else record
+    with torch.enable_grad():
+        aliases = [p.view_as(p) if record and p.requires_grad else p.detach().requires_grad_() for p in primals]
+        out = f(*aliases)
+    if not out.requires_grad:
+        return out, lambda g: tuple(torch.zeros_like(p) for p in primals)
+
+    def pull(g: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            out, aliases, g, retain_graph=True, create_graph=record, allow_unused=True, materialize_grads=True
+        )
+
+    return (out if record else out.detach()), pull
+
+
+def push_forward(f: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    """Jacobian-vector product."""
+    return linearise(f, *primals)[1](*tangents)
+
+
+def linearise(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
+    """``f(*primals)`` and its directional derivative, by two reverse passes, because torch does not nest forward mode."""
+    record = torch.is_grad_enabled()
+    out, pull = pullback(f, *primals, record=True)
+    u = torch.zeros_like(out)
+    if transforms_active():
+        _, push = vjp(pull, u)
+        return out, lambda *tangents: push(tuple(tangents))[0]
+    with torch.enable_grad():
+        u.requires_grad_()
+        columns = pull(u)
+
+    def push_plain(*tangents: Tensor) -> Tensor:
+        pairs = [(c, t) for c, t in zip(columns, tangents, strict=True) if c.requires_grad]
+        if not pairs:
+            return torch.zeros_like(out)
+        outputs, moves = zip(*pairs, strict=True)
+        return torch.autograd.grad(
+            outputs, u, moves, retain_graph=True, create_graph=record, allow_unused=True, materialize_grads=True
+        )[0]
+
+    return (out if record else out.detach()), push_plain
+
+
+def vjp_where(f: Callable[..., Tensor], primals: Sequence[Any], wanted: Sequence[bool], g: Tensor) -> list[Any]:
+    """Cotangents of the `wanted` primals, None for the others (integers, absent, or nobody asks)."""
+    picked = [i for i, w in enumerate(wanted) if w]
+    if not picked:
+        return [None] * len(primals)
+    _, pull = pullback(_restrict(f, primals, picked), *(primals[i] for i in picked))
+    cotangents = dict(zip(picked, pull(g), strict=True))
+    return [cotangents.get(i) for i in range(len(primals))]
+
+
+def jvp_where(f: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequence[Tensor | None]) -> Tensor | None:
+    """The directional derivative along the tangents that exist, None where there is none."""
+    picked = [i for i, t in enumerate(tangents) if t is not None]
+    if not picked:
+        return None
+    moving = [t for t in tangents if t is not None]
+    return push_forward(_restrict(f, primals, picked), [primals[i] for i in picked], moving)
+
+
+def _restrict(f: Callable[..., Tensor], primals: Sequence[Any], picked: Sequence[int]) -> Callable[..., Tensor]:
+    """`f` as a function of the picked arguments only."""
+    if len(picked) == len(primals):
+        return f
+
+    def restricted(*some: Tensor) -> Tensor:
+        full = list(primals)
+        for i, t in zip(picked, some, strict=True):
+            full[i] = t
+        return f(*full)
+
+    return restricted
+
+
+@contextlib.contextmanager
+def plain_forward(like: Tensor) -> Iterator[None]:
+    """What a Function's forward runs in: autocast off, and no hooks on saved tensors.
+
+    Solvers work in the dtype they were given. Hooks set by the user (activation checkpointing, offloading) are for what
+    the user's graph saves, which a Function declares itself; its own temporary graphs are none of their business, and
+    ``torch.func`` refuses to run under them.
+    """
+    removed = []
+    while (pair := _hooks._top_saved_tensors_default_hooks(True)) is not None:
+        removed.append(pair)
+        _hooks._pop_saved_tensors_default_hooks()
+    try:
+        with autocast_off(like):
+            yield
+    finally:
+        for pair in reversed(removed):
+            _hooks._push_saved_tensors_default_hooks(*pair)
+
+
+def autocast_off(like: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast switched off for the device of `like`, if it is on."""
+    kind = like.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Forward mode switched on, inside the rules of a Function.
+
+    torch switches it off there, which loses the derivative of `jvp` along an outer forward-mode level without a word;
+    :func:`primal` is the other half of the remedy.
+    """
+    before = torch._C._is_fwd_grad_enabled()
+    torch._C._set_fwd_grad_enabled(True)
+    try:
+        yield
+    finally:
+        torch._C._set_fwd_grad_enabled(before)
+
+
+def primal(t: Any) -> Any:
+    """`t` without its tangent at the current level: inside `jvp`, only outer levels may still follow it."""
+    return forward_ad.unpack_dual(t).primal if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+def alive(t: Any) -> Any:
+    """`t` out of the wrapper of a ``torch.func`` level that has ended.
+
+    ``jacrev`` calls backward after its level is closed, and torch trips over such a wrapper in nested transforms.
+    """
+    return _functorch.unwrap_if_dead(t) if isinstance(t, Tensor) else t
+
+
+def quick_apply(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Class decorator: binds the signature of `forward` once; ``apply`` would inspect it at every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]
+    return function
