@@ -185,7 +185,7 @@ def settle(
     phase: str = "forward",
     present: Callable[[Tensor], Any] = lambda value: value,
     diagnose: Callable[[], None] = lambda: None,
-    excused: Callable[[], Tensor] | None = None,
+    excused: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Applies the failure policy to a finished solve: raises, warns, masks with NaN, or does nothing.
 
@@ -197,18 +197,22 @@ def settle(
         phase: ``"forward"`` or ``"adjoint"``.
         present: Turns `value` into what the user knows, for ``SolveError.solution``.
         diagnose: Called before a ``SolveError``; may raise a clearer error (bad input).
-        excused: Elements whose failure is not reported; called only where there is one.
+        excused: Called only where some element failed: the value with what can be known without a solve, and the
+            elements whose failure is none.
 
     Returns:
         The value, with NaN in failed elements under ``"nan"``.
     """
+    if on_failure == "ignore" and excused is not None:
+        return excused(value)[0]
     if on_failure == "ignore" or info.status.numel() == 0 or info.status.is_meta:
         return value
     worst = int(info.status.max())  # the one read-back of a clean solve
     if worst == Status.CONVERGED:
         return value
     if excused is not None:
-        info = info._replace(status=torch.where(excused(), int(Status.CONVERGED), info.status))
+        value, fine = excused(value)
+        info = info._replace(status=torch.where(fine, int(Status.CONVERGED), info.status))
         worst = int(info.status.max())
     failed = info.status > Status.MAX_STEPS
     if worst > Status.MAX_STEPS:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
 from difflayers.implicit import Anderson, IterativeSolver, fixed_point, fixed_point_ex
+from difflayers.implicit._fixed_point_module import plain
 from difflayers.linalg import GMRES, LU, QR, LinearOperator, LinearSolver, linear_solve, linear_solve_ex
 
 DENSE_NODES = 256  # up to here one factorisation for each head costs less than a Krylov solve
@@ -202,11 +203,12 @@ def _check_edges(edge_index: object, num_nodes: int, like: Tensor, *, data: bool
         raise ValueError(
             f"edge_index: expected {tuple(like.shape)[-1:]} edges as there are weights, got {edge_index.shape[1]}"
         )
-    if data and edge_index.numel() and not edge_index.is_meta:
-        low, high = (int(m) for m in edge_index.aminmax())
+    index: Tensor = plain("edge_index", edge_index)
+    if data and index.numel() and not index.is_meta:
+        low, high = (int(m) for m in index.aminmax())
         if low < 0 or high >= num_nodes:
             raise ValueError(f"edge_index: expected nodes in 0..{num_nodes - 1}, got {low}..{high}")
-    return edge_index
+    return index
 
 
 class _Problem:
@@ -242,7 +244,7 @@ class _Problem:
         work = compute_dtype(B.dtype)
         self.weights, self.kappa = edge_weights.to(work), kappa.to(work)
         self.B = B.to(work).expand(*batch, *B.shape[-2:])
-        self.reader, self.read = edges[0], edges[1]
+        self.edge_index = edges
         self.activation, self.solver = activation, solver
 
     @property
@@ -255,27 +257,27 @@ class _Problem:
     @property
     def system(self) -> tuple[Tensor | LinearOperator, Tensor]:
         """``I - kappa A`` and the columns of B, which share one factorisation."""
-        n, a, reader, read = self.B.shape[-2], self.weights, self.reader, self.read
+        n, a, edge_index = self.B.shape[-2], self.weights, self.edge_index
         columns = self.B.movedim(-1, 0)
         if isinstance(self.linear_solver, LU | QR):
-            flat = a.new_zeros((*a.shape[:-1], n * n)).index_add(-1, reader * n + read, a)
+            flat = a.new_zeros((*a.shape[:-1], n * n)).index_add(-1, edge_index[0] * n + edge_index[1], a)
             identity = torch.eye(n, dtype=a.dtype, device=a.device)
             return identity - self.kappa[..., None, None] * flat.unflatten(-1, (n, n)), columns
 
         def matvec(params: tuple[Tensor, ...], v: Tensor) -> Tensor:
             a, kappa = params
-            return v - kappa[..., None] * _gather(a[..., None], v[..., None], reader, read).squeeze(-1)
+            return v - kappa[..., None] * _gather(a[..., None], v[..., None], edge_index).squeeze(-1)
 
         return LinearOperator(matvec, (a, self.kappa), param_ndims=(1, 0)), columns
 
     @property
     def fixed_point(self) -> tuple[Callable[..., Tensor], Tensor, tuple[Tensor, ...]]:
         """Update, start and arguments."""
-        activation, reader, read = self.activation, self.reader, self.read
+        activation, edge_index = self.activation, self.edge_index
         assert activation is not None
 
         def update(H: Tensor, a: Tensor, kappa: Tensor, B: Tensor) -> Tensor:
-            return activation(kappa[..., None, None] * _gather(a[..., None], H, reader, read) + B)
+            return activation(kappa[..., None, None] * _gather(a[..., None], H, edge_index) + B)
 
         return update, torch.zeros_like(self.B), (self.weights, self.kappa, self.B)
 
@@ -285,10 +287,10 @@ class _Problem:
         return {"event_ndim": 2, "arg_ndims": (1, 0, 2), "solver": self.solver or Anderson()}
 
 
-def _gather(weights: Tensor, H: Tensor, reader: Tensor, read: Tensor) -> Tensor:
+def _gather(weights: Tensor, H: Tensor, edge_index: Tensor) -> Tensor:
     """``A H``: what every node reads along its edges; weights ``(..., E, 1)``, H ``(..., N, d)``."""
-    messages = weights * H[..., read, :]
-    return messages.new_zeros((*messages.shape[:-2], H.shape[-2], H.shape[-1])).index_add(-2, reader, messages)
+    messages = weights * H[..., edge_index[1], :]
+    return messages.new_zeros((*messages.shape[:-2], *H.shape[-2:])).index_add(-2, edge_index[0], messages)
 
 
 def mlp(*sizes: int) -> nn.Sequential:

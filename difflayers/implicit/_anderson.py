@@ -51,10 +51,10 @@ class Anderson(IterativeSolver):
         new = function(z)
         move = new - z
         target = new if self.damping == 1.0 else z + self.damping * move
-        error = size(move)
+        error = size(move.detach())  # scales and stops, and so is not differentiated: a norm has no derivative at zero
         if k == 0 or self.window == 1:
             state = (move.unsqueeze(-2), target.unsqueeze(-2), error.unsqueeze(-1))
-            return Step(target, state, z, error, size(new))
+            return Step(target, state, z, error, size(new.detach()))
         moves, targets, sizes = (
             torch.cat([old[(..., slice(1 - self.window, None), *[slice(None)] * tail)], fresh], -1 - tail)
             for old, fresh, tail in zip(
@@ -70,4 +70,4 @@ class Anderson(IterativeSolver):
         alpha = torch.cholesky_solve(weight.unsqueeze(-1), factor).squeeze(-1) * weight
         alpha = alpha / alpha.sum(-1, keepdim=True)
         mixed = (alpha.unsqueeze(-2) @ targets).squeeze(-2)
-        return Step(mixed, (moves, targets, sizes), z, error, size(new))
+        return Step(mixed, (moves, targets, sizes), z, error, size(new.detach()))

@@ -28,6 +28,8 @@ from difflayers.linalg._autodiff import (
     autocast_off,
     forward_mode,
     jvp_where,
+    linearise,
+    opaque,
     plain_forward,
     primal,
     pullback,
@@ -117,16 +119,15 @@ class ResidualSystem(LinearSystem):
         problem = self.problem
         if problem.jacobian_product is not None:
             return lambda v: self.apply(params, v, transpose)
-        value, *args = (p.detach() for p in params)
+        value, *args = params
         k = value.ndim - problem.value_ndim
-        with torch.enable_grad():  # one graph, one backward pass a product
-            z = value.expand((*like.shape[:-1], *value.shape[k:])).requires_grad_()
-            r = problem.residual(z, *args)
-            if transpose:
-                return lambda v: _grad(r, z, v)
-            u = torch.zeros_like(r, requires_grad=True)
-            (jacobian_t_u,) = torch.autograd.grad(r, z, u, create_graph=True)
-            return lambda v: _grad(jacobian_t_u, u, v)
+        value = value.expand((*like.shape[:-1], *value.shape[k:]))
+        residual = lambda z: problem.residual(z, *args)  # noqa: E731
+        if transpose:  # one graph, one backward pass a product
+            _, pull = pullback(residual, value, record=False)
+            return lambda v: pull(v.reshape(value.shape))[0].reshape(v.shape)
+        _, push = linearise(residual, value)
+        return lambda v: push(v.reshape(value.shape)).reshape(v.shape)
 
     def matrix(self, params: Params, like: Tensor) -> Tensor:
         n, problem = like.shape[-1], self.problem
@@ -144,10 +145,6 @@ class ResidualSystem(LinearSystem):
             _, pull = pullback(lambda z: problem.residual(z, *args), value)
             rows = vmap(lambda e: pull(e.reshape(event).expand_as(value))[0], out_dims=0)(eye)
         return rows.reshape((n, *batch, n)).movedim(0, -2)
-
-
-def _grad(output: Tensor, input: Tensor, v: Tensor) -> Tensor:
-    return torch.autograd.grad(output, input, v.reshape(output.shape), retain_graph=True)[0].reshape(v.shape)
 
 
 @dataclass(frozen=True)
@@ -257,7 +254,7 @@ class SolutionMap(torch.autograd.Function):
 
     @staticmethod
     def linear_solve(
-        ctx: Any, transpose: bool, g: Tensor, value: Tensor, failed: Any, factors: Any, args: Any
+        ctx: Any, transpose: bool, g: Tensor, value: Tensor, failed: Any, factors: Any, args: Any, forward: bool = False
     ) -> Tensor:
         """``A^-1 g`` or ``A^-T g``, failed elements exactly zero unless somebody asks for them."""
         task: Task = ctx.task
@@ -270,7 +267,8 @@ class SolutionMap(torch.autograd.Function):
                 if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, factors)):
                     ctx.factors = factors  # a second backward through this node solves with the same factorisation
         w = SystemSolve.apply(system, transpose, "adjoint", None, rhs, *factors, value, *args)[0].reshape(g.shape)
-        return w if failed is None else mask_failed(w, g, failed, task.problem.value_ndim)
+        output = (primal if forward else alive)(ctx.saved_tensors[0])
+        return w if failed is None else mask_failed(w, g, failed, output, task.problem.value_ndim)
 
     @staticmethod
     @batched_backward
@@ -289,7 +287,7 @@ class SolutionMap(torch.autograd.Function):
             moved = jvp_where(lambda *a: ctx.task.problem.residual(value, *a), args, [primal(t) for t in tangents])
             if moved is None:
                 moved = torch.zeros_like(value)
-            value_t = SolutionMap.linear_solve(ctx, False, -moved, value, failed, factors, args)
+            value_t = SolutionMap.linear_solve(ctx, False, -moved, value, failed, factors, args, forward=True)
         return (value_t, *([None] * (3 + ctx.task.own_factors)))
 
     @staticmethod
@@ -309,6 +307,7 @@ class SolutionMap(torch.autograd.Function):
         return out, (0, 0, 0, 0, *factors)
 
 
+@opaque
 def _apply(problem: ImplicitProblem, args: Sequence[Tensor], on_failure: OnFailure) -> Solution[Tensor]:
     check_policy(on_failure)
     if problem.arg_ndims is None or len(problem.arg_ndims) != len(args):

@@ -223,7 +223,7 @@ class FixedPoint(nn.Module):
         dropping = [name for name, m in self.module.named_modules() if isinstance(m, _DropoutNd) and m.training and m.p]
         refuse_stateful(self.module, dropping if self.dropout is None else [])
         leaves, spec = optree.tree_flatten(inputs)
-        constants = {i: leaf for i, leaf in enumerate(leaves) if not _followed(leaf)}
+        constants = {i: plain(f"inputs, leaf {i}", leaf) for i, leaf in enumerate(leaves) if not _followed(leaf)}
         if constants:
             update = _Update(self.module, modes, constants)
             inputs = spec.unflatten([0 if i in constants else leaf for i, leaf in enumerate(leaves)])
@@ -392,6 +392,19 @@ def _own_tensors(module: nn.Module, kind: str) -> Tensors:
     """
     places = ((prefix, getattr(m, kind)) for prefix, m in module.named_modules())
     return {f"{prefix}.{name}".lstrip("."): t for prefix, own in places for name, t in own.items() if t is not None}
+
+
+def plain(name: str, constant: Any) -> Any:
+    """An integer tensor without the wrappers that ``torch.func`` puts on whatever is computed inside a transform.
+
+    The solve runs outside them, where a wrapped tensor that a function holds on to cannot be used.
+    """
+    functorch = torch._C._functorch
+    while isinstance(constant, Tensor) and functorch.is_functorch_wrapped_tensor(constant):
+        if functorch.is_batchedtensor(constant):
+            raise ValueError(f"{name}: expected an integer tensor that vmap does not batch, got one that it does")
+        constant = functorch.get_unwrapped(constant)
+    return constant
 
 
 def _dtype(leaf: Any) -> Any:

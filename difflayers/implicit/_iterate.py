@@ -18,6 +18,8 @@ from difflayers._solution import Info, Status
 
 Function = Callable[[Tensor], Tensor]
 
+_RUNAWAY = 1e6  # an error that grew by this factor is not on its way to anything
+
 
 class Step(NamedTuple):
     """What a solver says after one step; all per batch element.
@@ -58,9 +60,9 @@ class IterativeSolver:
             raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
         if self.check_every is not None and self.check_every < 1:
             raise ValueError(f"check_every: expected at least 1 or None, got {self.check_every}")
-        if self.rtol is not None and self.rtol < 0:
+        if self.rtol is not None and not self.rtol >= 0:
             raise ValueError(f"rtol: expected a number of at least 0, got {self.rtol}")
-        if self.atol < 0:
+        if not self.atol >= 0:
             raise ValueError(f"atol: expected a number of at least 0, got {self.atol}")
 
     def start(self, function: Function, z: Tensor) -> Any:
@@ -89,12 +91,12 @@ def iterate(solver: IterativeSolver, function: Function, z: Tensor) -> tuple[Ten
         return z, Info(counts, counts, torch.zeros(batch, dtype=z.dtype, device=z.device))
     rtol = default_rtol(solver.rtol, z.dtype)
     state = solver.start(function, z)
-    floor = stored = best = None
+    floor = stored = best = first = None
     remaining = total = counts.numel()
     for k in range(solver.max_steps):
         s = solver.step(function, z, state, k)
         if floor is None:
-            floor = s.scale * (4 * torch.finfo(z.dtype).eps) + solver.atol
+            floor, first = s.scale * (4 * torch.finfo(z.dtype).eps) + solver.atol, s.error
         last = k + 1 == solver.max_steps
         if last or (every is not None and (k + 1) % every == 0):
             active = s.error > torch.add(floor, s.scale, alpha=rtol)  # False for NaN: nothing more to be had
@@ -115,7 +117,9 @@ def iterate(solver: IterativeSolver, function: Function, z: Tensor) -> tuple[Ten
         z, state = s.z, s.state
     assert stored is not None
     status = torch.where(stored.active, int(Status.MAX_STEPS), stored.status)
-    status = torch.where(torch.isfinite(stored.error), status, _at_least(status, Status.DIVERGED))
+    assert first is not None
+    runaway = (stored.error > _RUNAWAY * first) & (status == Status.MAX_STEPS)
+    status = torch.where(runaway | ~torch.isfinite(stored.error), _at_least(status, Status.DIVERGED), status)
     return stored.final, Info(status, stored.steps, stored.error)
 
 

@@ -15,7 +15,7 @@ from difflayers.linalg._autodiff import pullback
 from ._iterate import Function, IterativeSolver, Step, iterate, size
 from ._newton import polish
 
-_SHORTEST = 1e-18  # relative to the first trial of a search: no descent at any length
+_LONGEST = 1e15  # a step this long, relative to the point, that still goes down: there is no bottom
 
 
 class _State(NamedTuple):
@@ -69,7 +69,7 @@ class LBFGS(IterativeSolver):
         """Steepest descent with a first trial as long as the point is far from zero."""
         f, g = value_and_gradient(function, z)
         memory = z.new_zeros(*z.shape[:-1], self.history, z.shape[-1])
-        norm = size(g)
+        norm = size(g.detach())
         first = size(z).clamp_min(1.0) / torch.where(norm > 0, norm, 1)
         zero = torch.zeros_like(f)
         return _State(
@@ -95,22 +95,25 @@ class LBFGS(IterativeSolver):
         S, Y = _push(s.S, pair_s, usable), _push(s.Y, pair_y, usable)
         inverse = 1 / torch.where(usable, product, 1)
         rho = _push(s.rho.unsqueeze(-1), inverse.unsqueeze(-1), usable).squeeze(-1)
-        stiffness = torch.where(usable, size(pair_y) / torch.where(usable, size(pair_s), 1), s.stiffness)
+        stiffness = torch.where(
+            usable, size(pair_y.detach()) / torch.where(usable, size(pair_s.detach()), 1), s.stiffness
+        )
         keep = accept.unsqueeze(-1)
         z_next, g_next, f_next = torch.where(keep, trial, z), torch.where(keep, g, s.g), torch.where(accept, f, s.f)
         p = torch.where(keep, -_two_loops(g_next, S, Y, rho), s.p)
         p = torch.where(((p * g_next).sum(-1) < 0).unsqueeze(-1), p, -g_next)
-        largest = torch.maximum(s.largest, size(g_next))
-        scale = torch.maximum(largest, stiffness * size(z_next))
-        stuck = ~accept & (s.upper < _SHORTEST * size(z).clamp_min(1.0))
-        unbounded = torch.isneginf(f) | (s.t > 1 / _SHORTEST) & ~accept
+        largest = torch.maximum(s.largest, size(g_next.detach()))
+        scale = torch.maximum(largest, stiffness * size(z_next.detach()))
+        stuck = ~accept & (trial == z).all(-1)
+        length = s.t * size(s.p.detach())
+        unbounded = torch.isneginf(f) | (~accept & decrease & (length > _LONGEST * size(z.detach()).clamp_min(1.0)))
         status = torch.where(stuck, int(Status.MAX_STEPS), torch.where(unbounded, int(Status.UNBOUNDED), 0))
         new = _State(
             f_next, g_next, p,
             torch.where(accept, 1.0, retry), torch.where(accept, 0.0, lower), torch.where(accept, math.inf, upper),
             S, Y, rho, largest, stiffness,
         )  # fmt: skip
-        return Step(z_next, new, z_next, size(g_next), scale, status)
+        return Step(z_next, new, z_next, size(g_next.detach()), scale, status)
 
     def solve(self, function: Function, z: Tensor) -> tuple[Tensor, Info]:
         """Runs to the tolerance, then sharpens small events."""

@@ -60,13 +60,17 @@ class Newton(IterativeSolver):
         delta, linear_status = newton_direction(function, z, r, self.linear_solver)
         trial = z - t.unsqueeze(-1) * delta
         r_trial = function(trial)
-        before, after = size(r), size(r_trial)
-        error, scale = size(delta), size(z)
+        # lengths of steps are decisions, not part of the iterate's derivative (and norms have none at zero)
+        before, after = size(r.detach()), size(r_trial.detach())
+        solved = before == 0
+        delta = torch.where(solved.unsqueeze(-1), 0, delta)
+        error, scale = size(delta.detach()), size(z.detach())
         accept = after <= (1 - 1e-4 * t) * before
         # minimiser of the parabola through both merits and the slope, kept within [t/10, t/2]
         curvature = after**2 + (2 * t - 1) * before**2
         shorter = t * (t * before**2 / torch.where(curvature > 0, curvature, 1)).clamp(0.1, 0.5)
-        status = torch.where(linear_status > Status.MAX_STEPS, linear_status, 0)
+        status = torch.where((linear_status > Status.MAX_STEPS) & ~solved, linear_status, 0)
+        singular = status > 0
         stuck = ~accept & (t < _SHORTEST)
         rounding = error <= torch.finfo(z.dtype).eps ** 0.5 * scale
         stuck_status = torch.where(rounding, int(Status.MAX_STEPS), int(Status.DIVERGED))
@@ -75,8 +79,8 @@ class Newton(IterativeSolver):
         return Step(
             z=torch.where(keep, trial, z),
             state=(torch.where(keep, r_trial, r), torch.where(accept, 1.0, torch.where(shorter > 0, shorter, t / 2))),
-            final=z - delta,
-            error=error,
+            final=torch.where(singular.unsqueeze(-1), z, z - delta),
+            error=torch.where(singular, before, error),
             scale=scale,
             status=status,
         )

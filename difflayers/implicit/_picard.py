@@ -36,4 +36,4 @@ class Picard(IterativeSolver):
         move = new - z
         if self.damping != 1.0:
             new = z + self.damping * move
-        return Step(new, None, new, size(move), size(new))
+        return Step(new, None, new, size(move.detach()), size(new.detach()))

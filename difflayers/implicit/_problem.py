@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
-from difflayers._solution import Info, OnFailure, Solution, check_policy, settle, timed
-from difflayers.linalg._autodiff import autocast_off, forward_mode, primal, quick_apply, transforms_active
-
-from difflayers.linalg._captured import Seen, refuse_coupling, refuse_held, refuse_seen
+from difflayers._checks import broadcast_batch, check_finite, check_same, check_shape, check_tensor, compute_dtype
+from difflayers._solution import Info, OnFailure, Solution, Status, check_policy, settle, timed
+from difflayers.linalg._autodiff import autocast_off, forward_mode, opaque, primal, quick_apply, transforms_active
+from difflayers.linalg._captured import Seen, constant_like, gradients_wanted, refuse_coupling, refuse_held, refuse_seen
+from difflayers.linalg._system import harmless
 
 from ._adjoints import Adjoint, OneStep, Unrolled
 from ._engine import ImplicitProblem, SolutionMap, Task
@@ -60,24 +60,35 @@ class InnerProblem(ImplicitProblem):
     function: Callable[..., Tensor]
     solver: IterativeSolver
     curvature: Callable[..., Any] | None = None
+    user_function: Any = None
+    check_capture: bool = True
     check_coupling: bool = False
 
     @staticmethod
     def make(
-        kind: Kind, function: Callable[..., Tensor], solver: IterativeSolver, curvature: Any, **options: Any
+        kind: Kind,
+        function: Callable[..., Tensor],
+        solver: IterativeSolver,
+        curvature: Any,
+        user_function: Any,
+        check_capture: bool,
+        **options: Any,
     ) -> InnerProblem:
         """The problem of `function`: its residual, its solve, its approximate curvature if any."""
 
         def solve(init: Tensor, *args: Tensor) -> tuple[Tensor, Info, tuple[Tensor, ...]]:
             args = tuple(a.detach() for a in args)
             at = lambda z: function(z, *args)  # noqa: E731
-            init, watched = init.detach(), _watch_first(at, kind.argument)
-            if not kind.like_unknown:  # the solver sees derivatives of it, where nothing could be told
-                watched(init)
-                watched = at
+            init, watched = init.detach(), at
+            if check_capture:
+                watched = _watch_first(at, kind.argument)
+                if not kind.like_unknown:  # the solver sees derivatives of it, where nothing could be told
+                    watched(init)
+                    watched = at
             value, info = solver.solve(kind.adapt[solver.finds](watched), init)
             if options.get("check_coupling"):
                 refuse_coupling(at, value, "event_ndim", kind.argument)
+                _uncoupled.remember(user_function)
             return value, info, ()
 
         return InnerProblem(
@@ -85,6 +96,8 @@ class InnerProblem(ImplicitProblem):
             function=function,
             solver=solver,
             curvature=curvature,
+            user_function=user_function,
+            check_capture=check_capture,
             solve=solve,
             residual=kind.residual(function),
             value_ndim=1,
@@ -100,6 +113,8 @@ class InnerProblem(ImplicitProblem):
             vmap(self.function, in_dims=(0, *in_dims)),
             self.solver,
             self.curvature,
+            self.user_function,
+            self.check_capture,
             arg_ndims=None,
             adjoint=self.adjoint,
             arg_names=self.arg_names,
@@ -256,6 +271,7 @@ class Arguments:
         return self.spec.unflatten(leaves)
 
 
+@opaque
 def solve_inner(
     kind: Kind,
     function: Callable[..., Any],
@@ -279,26 +295,30 @@ def solve_inner(
         raise ValueError(f"adjoint: expected Implicit, Neumann or Unrolled for {kind.name}, got OneStep()")
     unknown, arguments = Unknown(init, event_ndim), Arguments(args, arg_ndims)
     check_same([("init", unknown.leaves[0]), *zip(arguments.names, arguments.tensors, strict=True)])
-    refuse_held(function, kind.argument)
+    check_capture = gradients_wanted()
+    if check_capture:
+        refuse_held(function, kind.argument)
     batch = broadcast_batch([("init", unknown.batch), *arguments.batch()])
     dtype = compute_dtype(unknown.dtype)
     tensors = [t.to(dtype) if t.is_floating_point() else t for t in arguments.tensors]
     z = unknown.start(batch, dtype)
     flat = _flat_function(kind, function, unknown, arguments)
-    if transforms_active():
+    if check_capture and transforms_active():
         _probe_under_transforms(flat, z, tensors, kind.argument)
     if isinstance(adjoint, Unrolled):
-        solution = _unrolled(kind, flat, z, tensors, solver, adjoint, on_failure, unknown)
+        solution = _unrolled(kind, flat, z, tensors, solver, adjoint, on_failure, unknown, arguments)
     else:
         problem = InnerProblem.make(
             kind,
             flat,
             solver,
             curvature,
+            function,
+            check_capture,
             arg_ndims=arguments.ndims,
             adjoint=adjoint,
             arg_names=arguments.names,
-            check_coupling=torch.Size(batch).numel() > 1 and not z.is_meta and _uncoupled.first_time(function),
+            check_coupling=torch.Size(batch).numel() > 1 and not z.is_meta and function not in _uncoupled,
         )
         task = Task(problem, on_failure, lambda v: unknown.split(v.to(unknown.dtype)))
         solution = Solution(*SolutionMap.apply(task, z, *tensors)[:4])
@@ -324,15 +344,14 @@ def _flat_function(
         if out.shape[: len(batch)] != batch or out.ndim != len(batch) + max(unknown.event_ndim, 1):
             want = (*batch, *["m"] * max(unknown.event_ndim, 1))
             raise ValueError(f"{kind.argument} output: expected shape {want}, got {tuple(out.shape)}")
-        return out.reshape(*batch, -1)
+        return out.flatten(len(batch))
 
     return flat
 
 
 def _probe_under_transforms(flat: Callable[..., Tensor], z: Tensor, tensors: Sequence[Tensor], argument: str) -> None:
     """One evaluation on constants: inside a ``torch.func`` transform a captured tensor wraps the result."""
-    constants = [torch.full(t.shape, 0.5, device=t.device).to(t.dtype) for t in (z, *tensors)]
-    refuse_seen([flat(*constants)], argument)
+    refuse_seen([flat(*(constant_like(t) for t in (z, *tensors)))], argument)
 
 
 @quick_apply
@@ -340,18 +359,20 @@ class _Settle(torch.autograd.Function):
     """The failure policy of an unrolled solve: reads data, so it runs in a Function's forward."""
 
     @staticmethod
-    def forward(task: Any, value: Tensor, *info: Tensor) -> Tensor:
-        name, on_failure, present = task
-        value, _ = timed(name, "forward", lambda: (value, Info(*info)))
-        return settle(value, Info(*info), on_failure, name=name, present=present).clone()
+    def forward(task: Any, value: Tensor, *rest: Tensor) -> Tensor:
+        name, on_failure, present, names = task
+        info, tensors = Info(*rest[:3]), rest[3:]
+        timed(name, "forward", lambda: (None, info))
+        named = list(zip(names, tensors, strict=True))
+        return settle(value, info, on_failure, name=name, present=present, diagnose=lambda: check_finite(named)).clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
+        ctx.count = len(inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return None, g, None, None, None
+        return (None, g, *([None] * (ctx.count - 2)))
 
     @staticmethod
     def jvp(ctx: Any, _task: Any, tangent: Tensor, *_: Any) -> Tensor:
@@ -361,7 +382,7 @@ class _Settle(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, task: Any, *tensors: Tensor) -> Any:
         moved = [
-            t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+            t.expand((info.batch_size, *t.shape)) if d is None else t.movedim(d, 0)
             for t, d in zip(tensors, in_dims[1:], strict=True)
         ]
         return _Settle.apply(task, *moved), 0
@@ -376,8 +397,16 @@ def _unrolled(
     adjoint: Unrolled,
     on_failure: OnFailure,
     unknown: Unknown,
+    arguments: Arguments,
 ) -> Solution[Tensor]:
+    def run(z: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Info]:
+        return unroll(solver, kind.adapt[solver.finds](lambda z: flat(z, *tensors)), z, adjoint.max_steps)
+
     with autocast_off(z):
-        value, info = unroll(solver, kind.adapt[solver.finds](lambda z: flat(z, *tensors)), z, adjoint.max_steps)
-    task = (kind.name, on_failure, lambda v: unknown.split(v.to(unknown.dtype)))
-    return Solution(_Settle.apply(task, value, *info), *info)
+        value, info = run(z, tensors)
+        if on_failure == "nan":  # autograd would carry NaN from a failed element into what the batch shares: once more
+            failed = info.status > Status.MAX_STEPS
+            (clean_z,) = harmless([z], (1,), failed)
+            value, _ = run(clean_z, harmless(tensors, arguments.ndims, failed))
+    task = (kind.name, on_failure, lambda v: unknown.split(v.to(unknown.dtype)), ("init", *arguments.names))
+    return Solution(_Settle.apply(task, value, *info, z, *tensors), *info)

@@ -6,15 +6,18 @@ Everything here works at any nesting of ``torch.func`` transforms, under plain a
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import vjp
 
+F = TypeVar("F", bound=Callable[..., Any])
 _functorch = torch._C._functorch
 _hooks = torch._C._autograd
 
@@ -33,7 +36,7 @@ def pullback(
     and recording the products themselves where `record` (None: grad mode) says so. The pullback may be called several
     times.
     """
-    if transforms_active():
+    if transforms_active() or torch.is_inference_mode_enabled():  # inference mode records no graph of its own
         return vjp(f, *primals)
     record = torch.is_grad_enabled() if record is None else record
     with torch.enable_grad():
@@ -60,7 +63,7 @@ def linearise(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Calla
     record = torch.is_grad_enabled()
     out, pull = pullback(f, *primals, record=True)
     u = torch.zeros_like(out)
-    if transforms_active():
+    if transforms_active() or torch.is_inference_mode_enabled():
         _, push = vjp(pull, u)
         return out, lambda *tangents: push(tuple(tangents))[0]
     with torch.enable_grad():
@@ -166,6 +169,26 @@ def alive(t: Any) -> Any:
     ``jacrev`` calls backward after its level is closed, and torch trips over such a wrapper in nested transforms.
     """
     return _functorch.unwrap_if_dead(t) if isinstance(t, Tensor) else t
+
+
+def opaque(function: F) -> F:
+    """Decorator: under ``torch.compile`` the call is one graph break and runs as it does without.
+
+    ``torch.compiler.disable`` imports the compiler, which takes a second; whoever compiles has imported it already.
+    """
+    disabled: Any = None
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    wrapper._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return wrapper  # type: ignore[return-value]
 
 
 def quick_apply(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:

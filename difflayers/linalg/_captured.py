@@ -6,6 +6,7 @@ because the engine never sees it. Constants may be captured; anything that is di
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ import optree
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+
+from ._autodiff import transforms_active
 
 _functorch = torch._C._functorch
 
@@ -80,6 +83,16 @@ def _refuse(name: str, argument: str) -> None:
     )
 
 
+def gradients_wanted() -> bool:
+    """Whether anything could be differentiated here: without, nothing is lost by capturing."""
+    return torch.is_grad_enabled() or transforms_active()
+
+
+def constant_like(t: Tensor) -> Tensor:
+    """A plain tensor with the shape one sample of `t` has at this level."""
+    return torch.full(t.shape, 0.5, dtype=torch.float32, device=t.device).to(t.dtype)
+
+
 def refuse_held(function: Any, argument: str) -> None:
     """Looks at what the callable holds, before anything is evaluated."""
     for name, value in _held(function):
@@ -104,24 +117,29 @@ class Seen:
     def __init__(self) -> None:
         self._objects: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def first_time(self, function: Any) -> bool:
-        """True once per function."""
+    def remember(self, function: Any) -> None:
+        """The function has passed."""
+        with contextlib.suppress(TypeError):  # not hashable, or no weak references: check every time
+            self._objects.add(self._key(function))
+
+    def __contains__(self, function: Any) -> bool:
+        with contextlib.suppress(TypeError):
+            return self._key(function) in self._objects
+        return False
+
+    @staticmethod
+    def _key(function: Any) -> Any:
         key = function
         if getattr(function, "__closure__", ()) is None and getattr(function, "__defaults__", ()) is None:
             key = function.__code__
-        try:
-            if key in self._objects:
-                return False
-            self._objects.add(key)
-        except TypeError:  # not hashable, or no weak references: check every time
-            return True
-        return True
+        return key
 
 
 def refuse_coupling(function: Callable[[Tensor], Tensor], z: Tensor, event_ndim_name: str, argument: str) -> None:
     """Finds batch elements that see each other: the gradient of one in the unknown of another.
 
-    Two products with random-looking cotangents on every other element of the flattened batch; plain tensors.
+    Any two elements differ in some bit of their flattened index, so two products a bit, with cotangents on the elements
+    that have it (or have it not), find every pair. Plain tensors.
     """
     batch = z.shape[:-1]
     if batch.numel() < 2:
@@ -132,9 +150,10 @@ def refuse_coupling(function: Callable[[Tensor], Tensor], z: Tensor, event_ndim_
         if not out.requires_grad:
             return
         count = batch.numel()
-        odd = (torch.arange(count, device=z.device) % 2).bool().reshape(batch)
+        index = torch.arange(count, device=z.device).reshape(batch)
         weight = torch.cos(torch.arange(out.numel(), device=z.device, dtype=z.dtype)).reshape(out.shape) + 1.5
-        for chosen in (odd, ~odd):
+        halves = [(index >> bit) % 2 == 1 for bit in range((count - 1).bit_length())]
+        for chosen in (*halves, *(~half for half in halves)):
             mask = chosen.reshape(chosen.shape + (1,) * (out.ndim - chosen.ndim))
             (g,) = torch.autograd.grad(out, z, torch.where(mask, weight, 0), retain_graph=True)
             leak = torch.where(chosen.unsqueeze(-1), 0, g)

@@ -41,7 +41,7 @@ from difflayers._solution import (
     timed,
 )
 
-from ._autodiff import alive, autocast_off, forward_mode, jvp_where, plain_forward, primal, quick_apply
+from ._autodiff import alive, autocast_off, forward_mode, jvp_where, opaque, plain_forward, primal, quick_apply
 from ._direct import direct_info, solve_columns, tiny_pivots
 from ._grads_batched import batched_backward
 from ._system import (
@@ -337,7 +337,7 @@ class LeastSquaresMap(torch.autograd.Function):
             rhs = g if failed is None else torch.where(expand_mask(failed, 1), 0, g)
             v = SystemSolve.apply(system, True, "adjoint", None, rhs, *factors, *params)[0]
             if failed is not None:
-                v = mask_failed(v, g, failed, 1)
+                v = mask_failed(v, g, failed, alive(ctx.saved_tensors[0]), 1)
             K = A.shape[-1]
             w, nu, z, mu = x[..., :K], x[..., K:], v[..., :K], v[..., K:]
             Az = _times(A, z)
@@ -367,7 +367,7 @@ class LeastSquaresMap(torch.autograd.Function):
             clean = rhs if failed is None else torch.where(expand_mask(failed, 1), 0, rhs)
             x_t = SystemSolve.apply(system, False, "adjoint", None, clean, *factors, *params)[0]
             if failed is not None:
-                x_t = mask_failed(x_t, rhs, failed, 1)
+                x_t = mask_failed(x_t, rhs, failed, primal(ctx.saved_tensors[0]), 1)
         return (x_t, *([None] * (3 + len(factors))))
 
     @staticmethod
@@ -428,6 +428,7 @@ def _check(
     return named, A.dtype
 
 
+@opaque
 def _solve(
     A: Any, y: Any, weights: Any, ridge: Any, center: Any, equality: Any, on_failure: OnFailure
 ) -> Solution[Tensor]:

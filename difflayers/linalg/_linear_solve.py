@@ -16,7 +16,8 @@ from torch import Tensor
 from difflayers._checks import broadcast_batch, check_same, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
 
-from ._captured import refuse_held, refuse_seen
+from ._autodiff import opaque
+from ._captured import constant_like, gradients_wanted, refuse_held, refuse_seen
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
 from ._operator import LinearOperator, MatrixSystem, OperatorSystem, Tag, check_matrix
@@ -92,6 +93,7 @@ def linear_solve_ex(
     return _solve(A, b, solver, init, "ignore", measure=True)
 
 
+@opaque
 def _solve(
     A: Tensor | LinearOperator,
     b: Tensor,
@@ -132,10 +134,11 @@ def _system(
     n = b.shape[-1]
     needs_symmetry = isinstance(solver, CG | Cholesky)
     if isinstance(A, LinearOperator):
-        refuse_held(A.matvec, "A.matvec")
-        with torch.enable_grad():  # on constants: a product that is differentiated all the same captured something
-            constants = tuple(torch.ones_like(p.detach()) if p.is_floating_point() else p for p in A.params)
-            refuse_seen([A.matvec(constants, torch.ones_like(b.detach()))], "A.matvec")
+        if gradients_wanted():
+            refuse_held(A.matvec, "A.matvec")
+            # on constants: a product that is differentiated all the same captured something
+            constants = tuple(constant_like(p) if p.is_floating_point() else p for p in A.params)
+            refuse_seen([A.matvec(constants, constant_like(b))], "A.matvec")
         check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
         positive = bool(A.tags & Tag.POSITIVE_DEFINITE)
         if needs_symmetry and not positive:

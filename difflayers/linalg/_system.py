@@ -131,10 +131,15 @@ def harmless(tensors: Sequence[Tensor], ndims: Sequence[int] | None, failed: Ten
     return out
 
 
-def unfit(t: Tensor, event_ndim: int) -> Tensor:
-    """The elements that contain NaN or Inf."""
-    bad = ~torch.isfinite(t)
-    return bad.flatten(bad.ndim - event_ndim).any(-1) if event_ndim else bad
+def pass_through(x: Tensor, rhs: Tensor, event_ndim: int) -> tuple[Tensor, Tensor]:
+    """Adjoint solves that need no system: the corrected solution, and the elements whose failure is none.
+
+    A cotangent of zeros has a zero solution, singular system or not. One that is not finite is the caller's (gradient
+    scalers probe for it) and stays so.
+    """
+    flat = rhs.unsqueeze(-1) if event_ndim == 0 else rhs.flatten(rhs.ndim - event_ndim)
+    zero, unfit = (flat == 0).all(-1), ~torch.isfinite(flat).all(-1)
+    return torch.where(expand_mask(zero, event_ndim), 0, x), zero | unfit
 
 
 def expand_mask(mask: Tensor, event_ndim: int) -> Tensor:
@@ -148,10 +153,13 @@ def asked_for(g: Tensor, event_ndim: int) -> Tensor:
     return nonzero.flatten(nonzero.ndim - event_ndim).any(-1) if event_ndim else nonzero
 
 
-def mask_failed(w: Tensor, g: Tensor, failed: Tensor, event_ndim: int) -> Tensor:
-    """Adjoint of a failed element: exactly zero if nobody depends on it, NaN otherwise."""
-    replacement = torch.where(expand_mask(failed & asked_for(g.detach(), event_ndim), event_ndim), math.nan, 0.0)
-    return torch.where(expand_mask(failed, event_ndim), replacement.to(w.dtype), w)
+def mask_failed(w: Tensor, g: Tensor, failed: Tensor, output: Tensor, event_ndim: int) -> Tensor:
+    """Adjoint of a failed element: exactly zero if nobody depends on it, NaN otherwise.
+
+    The NaN hangs on the element's `output`, so that the next derivative is NaN too, and not zero.
+    """
+    asked = expand_mask(failed & asked_for(g.detach(), event_ndim), event_ndim)
+    return torch.where(expand_mask(failed, event_ndim), torch.where(asked, output * math.nan, 0), w)
 
 
 @quick_apply
@@ -234,8 +242,7 @@ class SystemSolve(torch.autograd.Function):
             name=system.name,
             phase=phase,
             diagnose=lambda: check_finite(checked),
-            # a cotangent that is not finite is the caller's (gradient scalers probe for it): it passes through
-            excused=None if phase == "forward" else lambda: unfit(rhs, system.vector_ndim),
+            excused=None if phase == "forward" else lambda x: pass_through(x, rhs, system.vector_ndim),
         )
         return (x, *info)
 
@@ -271,7 +278,7 @@ class SystemSolve(torch.autograd.Function):
         with listening(ctx.listeners), autocast_off(x):
             w = SystemSolve.apply(system, not transpose, "adjoint", None, clean, *factors, *params)[0]
             if failed is not None:
-                w = mask_failed(w, g, failed, system.vector_ndim)
+                w = mask_failed(w, g, failed, alive(ctx.saved_tensors[0]), system.vector_ndim)
             wanted = [
                 n and p.is_floating_point() for n, p in zip(ctx.needs_input_grad[-len(params) :], params, strict=True)
             ]
@@ -291,7 +298,7 @@ class SystemSolve(torch.autograd.Function):
             clean = rhs if failed is None else torch.where(expand_mask(failed, system.vector_ndim), 0, rhs)
             x_t = SystemSolve.apply(system, transpose, "adjoint", None, clean, *factors, *params)[0]
             if failed is not None:
-                x_t = mask_failed(x_t, rhs, failed, system.vector_ndim)
+                x_t = mask_failed(x_t, rhs, failed, primal(ctx.saved_tensors[0]), system.vector_ndim)
         return (x_t, None, None, None)
 
     @staticmethod

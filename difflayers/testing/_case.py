@@ -22,7 +22,7 @@ class Hostile(NamedTuple):
     Attributes:
         name: What is hostile about it, for example ``"tie"`` or ``"rank deficient"``.
         inputs: Float64 tensors, as many as the case has.
-        raises: The exception to expect from the forward pass. None: value and first derivative are finite, or the
+        raises: The exception, or one of several, to expect. None: value and first derivative are finite, or the
             backward pass raises; never a silent NaN.
         match: A regular expression that the message must contain.
         fn: Another function of `inputs`, where the case's own is not meant.
@@ -32,7 +32,7 @@ class Hostile(NamedTuple):
 
     name: str
     inputs: Inputs
-    raises: type[Exception] | None = None
+    raises: type[Exception] | tuple[type[Exception], ...] | None = None
     match: str = ""
     fn: Function | None = None
     oracle: Function | None = None

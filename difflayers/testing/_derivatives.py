@@ -18,12 +18,18 @@ def gradients(fn: object, inputs: Inputs, shift: float = 0.0) -> tuple[Tensor, .
     return torch.autograd.grad(weighted(fn(*x), shift), x)  # type: ignore[operator]
 
 
+def once_more(first: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Derivatives of a weighted sum of first derivatives; zeros where these are constant."""
+    total = torch.stack([(wave(g, 0.3) * (g + g.square() / 2)).sum() for g in first]).sum()
+    if not total.requires_grad:
+        return tuple(map(torch.zeros_like, wanted))
+    return torch.autograd.grad(total, wanted, materialize_grads=True)
+
+
 def second_gradients(fn: object, inputs: Inputs) -> tuple[Tensor, ...]:
     """Derivatives of a weighted sum of the first derivatives."""
     x = leaves(inputs)
-    first = torch.autograd.grad(weighted(fn(*x)), x, create_graph=True)  # type: ignore[operator]
-    total = sum((wave(g, 0.3) * (g + g.square() / 2)).sum() for g in first)
-    return torch.autograd.grad(total, x)  # type: ignore[arg-type]
+    return once_more(torch.autograd.grad(weighted(fn(*x)), x, create_graph=True), x)  # type: ignore[operator]
 
 
 def single(case: LayerCase, device: torch.device) -> Inputs:
@@ -128,8 +134,7 @@ def shared_gradient_is_a_sum(case: LayerCase, device: torch.device) -> None:
         x = leaves(at)
         wanted = [x[i] for i in shared]
         first = torch.autograd.grad(scalar(*x), wanted, create_graph=True)  # type: ignore[operator]
-        total = sum((wave(g, 0.3) * g).sum() for g in first)
-        return [*first, *torch.autograd.grad(total, wanted, materialize_grads=True)]  # type: ignore[arg-type]
+        return [*first, *torch.autograd.grad(_linear(first), wanted, materialize_grads=True)]
 
     parts = [
         derivatives(lambda *x, i=i: (weights[i] * case.fn(*x)).sum(), case.element(inputs, i)) for i in range(case.size)

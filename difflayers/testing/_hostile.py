@@ -184,7 +184,8 @@ def hostile_input(case: LayerCase, device: torch.device) -> None:
                 raise AssertionError(f"{hostile.name}: expected a sound result, got {error}") from error
         else:
             fn = hostile.fn or case.fn
-            refused(lambda fn=fn, x=inputs: fn(*x), (hostile.raises,), hostile.match, hostile.name)  # type: ignore[misc]
+            kinds = hostile.raises if isinstance(hostile.raises, tuple) else (hostile.raises,)
+            refused(lambda fn=fn, x=inputs: fn(*x), kinds, hostile.match, hostile.name)  # type: ignore[misc]
 
 
 @clause(needs=requires("starved"))

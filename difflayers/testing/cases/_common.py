@@ -48,7 +48,7 @@ def per_element(solve: Callable[..., np.ndarray], ndims: Sequence[int]) -> Calla
     def oracle(*args: Tensor) -> Tensor:
         batch = batch_shape(args, ndims)
         wide = [
-            a.expand(*batch, *a.shape[a.ndim - k :]).detach().cpu().numpy() for a, k in zip(args, ndims, strict=True)
+            a.expand(batch + a.shape[a.ndim - k :]).detach().cpu().numpy() for a, k in zip(args, ndims, strict=True)
         ]
         found = np.empty(tuple(batch), dtype=object)
         for index in np.ndindex(*batch):

@@ -124,11 +124,12 @@ def transport_plan(
     """The plan for a cost, logits of both marginals, and a temperature."""
     cost_, *weights, e = _arguments(cost, a, b, eps)
     z = solution_map(problem(max_steps), (cost_, *weights, e), on_failure=on_failure)
-    # outside the map 0 * NaN would reach what the elements share: failed ones are computed from harmless numbers
-    failed = torch.isnan(z).any(-1)
-    safe = torch.where(failed.unsqueeze(-1), 0, z)
-    plan = log_plan(safe, torch.where(failed[..., None, None], 0, cost_), *weights, e).exp()
-    return torch.where(failed[..., None, None], math.nan, plan).to(cost.dtype)
+    # outside the map 0 * NaN would reach what the elements share: failed ones are computed from harmless numbers, and
+    # hand their cotangent to the map alone, which answers with zero to zero and with NaN to everything else
+    failed = torch.isnan(z).any(-1)[..., None, None]
+    safe = torch.where(failed.squeeze(-1), 0, z)
+    plan = log_plan(safe, torch.where(failed, 0, cost_), *weights, e).exp()
+    return torch.where(failed, z.sum(-1)[..., None, None], plan).to(cost.dtype)
 
 
 def transport_plan_ex(cost: Tensor, a: Tensor, b: Tensor, eps: Tensor, *, max_steps: int = 5000) -> Solution[Tensor]:
