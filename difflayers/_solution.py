@@ -87,6 +87,9 @@ class SolveError(RuntimeError):
         super().__init__(message)
         self.solution = solution
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.args[0], self.solution)
+
 
 class SolveWarning(UserWarning):
     """A solve stopped before it met its tolerance; the result is returned and may be inaccurate."""
@@ -238,7 +241,7 @@ def _stacklevel() -> int:
     """Points a warning at the first line outside this library and torch, where the user called."""
     import sys
 
-    frame, level = sys._getframe(1), 0
+    frame, level = sys._getframe(1), 1
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("difflayers", "torch"):
         frame, level = frame.f_back, level + 1  # type: ignore[assignment]
     return max(level, 1)

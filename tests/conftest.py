@@ -1,6 +1,8 @@
 """What every test shares: the device, a seed, one thread."""
 
+import importlib
 import os
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,10 @@ import torch
 def pytest_configure() -> None:
     """One thread a process: the suite runs two processes, and results must not depend on how work is split."""
     torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        # forward mode imports this at its first use, which warns about torch.jit.script inside torch itself
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def pytest_report_header() -> str:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.harness import Case, Contender, Options, Row, peak_memory, relative_error, run, table
+from benchmarks.harness import AsLooseAs, Case, Contender, Options, Row, peak_memory, relative_error, run, table
 
 
 def test_relative_error_takes_the_worst_tensor():
@@ -28,6 +28,34 @@ def test_where_a_peer_wins_stands_first():
     lines = table(rows).splitlines()
     assert "fast" in lines[2] and "0.50 (peer wins)" in lines[2]
     assert [line.split()[1] for line in lines[3:]] == ["ours", "slow", "ours"]
+
+
+def test_an_inaccurate_peer_and_a_variant_of_ours_do_not_win():
+    rows = [
+        Row("a", "difflayers", True, 1e-9, [1.0] * 5, [1.0] * 5, target=1e-8),
+        Row("a", "difflayers, other solver", False, 1e-9, [0.5] * 5, [0.5] * 5, target=1e-8),
+        Row("a", "sloppy", False, 1e-3, [0.1] * 5, [0.1] * 5, target=1e-8, settings="tol 1e-02"),
+    ]
+    text = table(rows)
+    assert "peer wins" not in text
+    assert "0.10 (too inaccurate)" in text and text.endswith("tol 1e-02")
+
+
+def test_every_contender_gets_the_tolerance_it_needs():
+    tried = []
+
+    def build(tolerance):
+        tried.append(tolerance)
+        return lambda: torch.tensor([1.0 + tolerance], dtype=torch.float64)
+
+    exact = torch.ones(1, dtype=torch.float64)
+    job = AsLooseAs(build, [1e-2, 1e-4, 1e-6], exact, 1e-3)
+    assert relative_error(job(), exact) == pytest.approx(1e-4)
+    job()
+    assert tried == [1e-2, 1e-4] and job.settings() == "tol 1e-04"
+    never = AsLooseAs(build, [1e-2, 1e-4], exact, 1e-9)
+    assert relative_error(never(), exact) == pytest.approx(1e-4)
+    assert never.settings() == "tol 1e-04, does not reach 1e-09"
 
 
 def test_run_writes_what_a_reader_needs(tmp_path, capsys):

@@ -18,6 +18,7 @@ from ._argmin import argmin, argmin_ex
 from ._bisection import Bisection
 from ._engine import ImplicitProblem, solution_map, solution_map_ex
 from ._fixed_point import fixed_point, fixed_point_ex
+from ._fixed_point_module import FixedPoint
 from ._iterate import IterativeSolver, Step
 from ._lbfgs import LBFGS
 from ._levenberg_marquardt import LevenbergMarquardt
@@ -31,6 +32,7 @@ __all__ = [
     "Anderson",
     "Bisection",
     "Exact",
+    "FixedPoint",
     "GaussNewton",
     "Implicit",
     "ImplicitProblem",

@@ -61,12 +61,13 @@ class Anderson(IterativeSolver):
                 state, (move.unsqueeze(-2), target.unsqueeze(-2), error.unsqueeze(-1)), (1, 1, 0), strict=True
             )
         )
-        tiny = torch.finfo(z.dtype).tiny
-        unit = moves / sizes.clamp_min(tiny).unsqueeze(-1)
+        least = (error * torch.finfo(z.dtype).eps).clamp_min(torch.finfo(z.dtype).tiny).unsqueeze(-1)
+        lengths = torch.maximum(sizes, least)
+        unit = moves / lengths.unsqueeze(-1)
         m = unit.shape[-2]
         ridge = torch.eye(m, dtype=z.dtype, device=z.device) * (100 * torch.finfo(z.dtype).eps)
         factor, _ = torch.linalg.cholesky_ex(unit @ unit.mT + ridge)
-        weight = error.clamp_min(tiny).unsqueeze(-1) / sizes.clamp_min(tiny)  # the constraint, in scaled variables
+        weight = lengths[..., -1:] / lengths  # the constraint, in scaled variables
         alpha = torch.cholesky_solve(weight.unsqueeze(-1), factor).squeeze(-1) * weight
         alpha = alpha / alpha.sum(-1, keepdim=True)
         mixed = (alpha.unsqueeze(-2) @ targets).squeeze(-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,6 +65,7 @@ class Bisection(IterativeSolver):
         exact = value == 0
         lower, upper = torch.where(exact, middle, lower), torch.where(exact, middle, upper)
         error = (upper - lower).abs() + 0 * value.detach()  # NaN where the function is not a number
+        error = torch.where(bracketed, error, math.inf)
         status = torch.where(bracketed, 0, int(Status.INFEASIBLE))
         return Step(
             middle,

@@ -85,46 +85,56 @@ def iterate(solver: IterativeSolver, function: Function, z: Tensor) -> tuple[Ten
     that a solution at zero is reached too), or when its error is no longer a number. Elements that have stopped go on
     iterating unseen: their result is already stored, and no element sees another.
     """
-    batch, every = z.shape[:-1], solver.check_every
-    counts = torch.zeros(batch, dtype=torch.int64, device=z.device)
+    if solver.check_every is None:
+        return unroll(solver, function, z, solver.max_steps)
+    counts = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
     if z.numel() == 0:
-        return z, Info(counts, counts, torch.zeros(batch, dtype=z.dtype, device=z.device))
+        return z, Info(counts, counts, torch.zeros(z.shape[:-1], dtype=z.dtype, device=z.device))
     rtol = default_rtol(solver.rtol, z.dtype)
     state = solver.start(function, z)
-    floor = stored = best = first = None
-    remaining = total = counts.numel()
+    floor = first = best = stored = None
+    remaining = counts.numel()
     for k in range(solver.max_steps):
         s = solver.step(function, z, state, k)
         if floor is None:
-            floor, first = s.scale * (4 * torch.finfo(z.dtype).eps) + solver.atol, s.error
+            floor, first = _floor(solver, s), s.error
         last = k + 1 == solver.max_steps
-        if last or (every is not None and (k + 1) % every == 0):
-            active = s.error > torch.add(floor, s.scale, alpha=rtol)  # False for NaN: nothing more to be had
-            if s.status is not None:
-                active = active & (s.status == 0)
+        if last or (k + 1) % solver.check_every == 0:
+            active, status = _verdict(s, floor, rtol)
             if stored is not None:
                 active = active & stored.active
             if solver.keeps_best:
                 best = _Best.update(best, s)
-            if not (last and every is None):
-                before, remaining = remaining, int(active.sum()) if total > 1 else int(active)
-                if remaining < before or last:
-                    stored = _Stored.update(stored, s, active, counts, k + 1, best if last else None)
-                if remaining == 0:
-                    break
-            else:
-                stored = _Stored.update(stored, s, active, counts, k + 1, best)
+            before, remaining = remaining, int(active.sum()) if counts.numel() > 1 else int(active)
+            if remaining < before or last:
+                stored = _Stored.update(stored, s, status, active, counts, k + 1, best if last else None)
+            if remaining == 0:
+                break
         z, state = s.z, s.state
-    assert stored is not None
+    assert stored is not None and first is not None
+    runaway = stored.active & (stored.error > _RUNAWAY * first)
     status = torch.where(stored.active, int(Status.MAX_STEPS), stored.status)
-    assert first is not None
-    runaway = (stored.error > _RUNAWAY * first) & (status == Status.MAX_STEPS)
-    status = torch.where(runaway | ~torch.isfinite(stored.error), _at_least(status, Status.DIVERGED), status)
-    return stored.final, Info(status, stored.steps, stored.error)
+    return stored.final, Info(_not_finite(status, stored.error, runaway), stored.steps, stored.error)
 
 
-def _at_least(status: Tensor, floor: Status) -> Tensor:
-    return torch.where(status > Status.MAX_STEPS, status, int(floor))
+def _floor(solver: IterativeSolver, s: Step) -> Tensor:
+    """The part of the tolerance that does not follow the iterate."""
+    return s.scale * (4 * torch.finfo(s.scale.dtype).eps) + solver.atol
+
+
+def _verdict(s: Step, floor: Tensor, rtol: float) -> tuple[Tensor, Tensor | None]:
+    """The elements that go on, and the status of those that end; a met tolerance outweighs what a solver complains of."""
+    active = s.error > torch.add(floor, s.scale, alpha=rtol)  # False for NaN: nothing more to be had
+    if s.status is None:
+        return active, None
+    status = torch.where(active | torch.isnan(s.error), s.status, 0)
+    return active & (status == 0), status
+
+
+def _not_finite(status: Tensor, error: Tensor, runaway: Tensor | bool = False) -> Tensor:
+    """`status`, with DIVERGED where the error ran away or is no longer a number."""
+    lost = (runaway | ~torch.isfinite(error)) & (status <= Status.MAX_STEPS)
+    return torch.where(lost, int(Status.DIVERGED), status)
 
 
 class _Best(NamedTuple):
@@ -151,9 +161,17 @@ class _Stored(NamedTuple):
     active: Tensor
 
     @staticmethod
-    def update(old: _Stored | None, s: Step, active: Tensor, zeros: Tensor, k: int, best: _Best | None) -> _Stored:
+    def update(
+        old: _Stored | None,
+        s: Step,
+        status: Tensor | None,
+        active: Tensor,
+        zeros: Tensor,
+        k: int,
+        best: _Best | None,
+    ) -> _Stored:
         final, error = s.final, s.error
-        status = zeros if s.status is None else s.status
+        status = zeros if status is None else status
         if best is not None:
             starved = active & torch.isfinite(best.error)
             final = torch.where(starved.unsqueeze(-1), best.final, final)
@@ -177,24 +195,24 @@ def unroll(solver: IterativeSolver, function: Function, z: Tensor, max_steps: in
     floor = result = error = None
     active = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device)
     steps = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
-    status = torch.zeros_like(steps)
+    status = steps
     for k in range(max_steps):
         s = solver.step(function, z, state, k)
-        if floor is None:
-            floor = s.scale.detach() * (4 * torch.finfo(z.dtype).eps) + solver.atol
+        now = s._replace(error=s.error.detach(), scale=s.scale.detach())
+        floor = _floor(solver, now) if floor is None else floor
+        go_on, ended = _verdict(now, floor, rtol)
         steps = steps + active
         result = s.final if result is None else torch.where(active.unsqueeze(-1), s.final, result)
-        error = s.error.detach() if error is None else torch.where(active, s.error.detach(), error)
-        if s.status is not None:
-            status = torch.where(active, s.status, status)
-        # while it runs on, a finished element stays where it is: its unused steps are finite, so are their zero gradients
+        error = now.error if error is None else torch.where(active, now.error, error)
+        if ended is not None:
+            status = torch.where(active, ended, status)
+        active = active & go_on
+        # a finished element stays where it is: its unused steps are finite, and so are their zero gradients
         z = torch.where(active.unsqueeze(-1), s.z, result.detach())
         state = s.state
-        active = active & (s.error.detach() > torch.add(floor, s.scale.detach(), alpha=rtol)) & (status == 0)
     assert result is not None and error is not None
     status = torch.where(active, int(Status.MAX_STEPS), status)
-    status = torch.where(torch.isfinite(error), status, _at_least(status, Status.DIVERGED))
-    return result, Info(status, steps, error)
+    return result, Info(_not_finite(status, error), steps, error)
 
 
 def size(z: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ r"""Newton's method :math:`z \leftarrow z - t\,(\partial F/\partial z)^{-1} F(z)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,7 +81,7 @@ class Newton(IterativeSolver):
             z=torch.where(keep, trial, z),
             state=(torch.where(keep, r_trial, r), torch.where(accept, 1.0, torch.where(shorter > 0, shorter, t / 2))),
             final=torch.where(singular.unsqueeze(-1), z, z - delta),
-            error=torch.where(singular, before, error),
+            error=torch.where(singular, math.inf, error),
             scale=scale,
             status=status,
         )

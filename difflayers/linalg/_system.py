@@ -159,7 +159,9 @@ def mask_failed(w: Tensor, g: Tensor, failed: Tensor, output: Tensor, event_ndim
     The NaN hangs on the element's `output`, so that the next derivative is NaN too, and not zero.
     """
     asked = expand_mask(failed & asked_for(g.detach(), event_ndim), event_ndim)
-    return torch.where(expand_mask(failed, event_ndim), torch.where(asked, output * math.nan, 0), w)
+    # where on both sides of the product: no cotangent of another element passes the NaN
+    nan = torch.where(asked, torch.where(asked, output, 0) * math.nan, 0)
+    return torch.where(expand_mask(failed, event_ndim), nan, w)
 
 
 @quick_apply

@@ -15,6 +15,7 @@ from difflayers._solution import SolveError, SolveWarning, Status, trace
 
 from ._case import Hostile, Inputs, LayerCase, close, finite, leaves, wave, weighted
 from ._clauses import clause, requires
+from ._derivatives import once_more
 
 
 def refused(call: Callable[[], object], kinds: tuple[type[Exception], ...], match: str, what: str) -> None:
@@ -93,8 +94,7 @@ def derivatives(case: LayerCase, inputs: Inputs, g: Tensor) -> dict[str, Tensor]
     x = leaves(inputs)
     value = case.tolerant(*x)
     first = torch.autograd.grad(value, x, g, create_graph=True)
-    total = sum((wave(f, 0.3) * f).sum() for f in first)
-    second = torch.autograd.grad(total, x, materialize_grads=True)  # type: ignore[arg-type]
+    second = once_more(first, x)
     out = {"value": value.detach()}
     out |= {f"first derivative, input {i}": f.detach() for i, f in enumerate(first)}
     out |= {f"second derivative, input {i}": s for i, s in enumerate(second)}

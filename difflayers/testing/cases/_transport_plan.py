@@ -98,7 +98,7 @@ def _adjoint(
 def problem(max_steps: int = 5000) -> ImplicitProblem:
     """The inner problem: what a solution is, how to find one, how to solve with its Jacobian."""
     return ImplicitProblem(
-        solve=lambda *args: _sinkhorn(*args, max_steps=max_steps),
+        solve=lambda cost, a, b, eps: _sinkhorn(cost, a, b, eps, max_steps),
         residual=marginal_error,
         linear_solve=_adjoint,
         value_ndim=1,
@@ -109,7 +109,7 @@ def problem(max_steps: int = 5000) -> ImplicitProblem:
     )
 
 
-def _arguments(cost: Tensor, a: Tensor, b: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
+def _arguments(cost: Tensor, a: Tensor, b: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits to weights; half precision is lifted."""
     for name, t, k in (("cost", cost, 2), ("a", a, 1), ("b", b, 1), ("eps", eps, 0)):
         check_tensor(name, t, min_ndim=k)
@@ -122,13 +122,13 @@ def transport_plan(
     cost: Tensor, a: Tensor, b: Tensor, eps: Tensor, *, max_steps: int = 5000, on_failure: OnFailure = "raise"
 ) -> Tensor:
     """The plan for a cost, logits of both marginals, and a temperature."""
-    cost_, *weights, e = _arguments(cost, a, b, eps)
-    z = solution_map(problem(max_steps), (cost_, *weights, e), on_failure=on_failure)
+    args = _arguments(cost, a, b, eps)
+    z = solution_map(problem(max_steps), args, on_failure=on_failure)
     # outside the map 0 * NaN would reach what the elements share: failed ones are computed from harmless numbers, and
     # hand their cotangent to the map alone, which answers with zero to zero and with NaN to everything else
     failed = torch.isnan(z).any(-1)[..., None, None]
     safe = torch.where(failed.squeeze(-1), 0, z)
-    plan = log_plan(safe, torch.where(failed, 0, cost_), *weights, e).exp()
+    plan = log_plan(safe, torch.where(failed, 0, args[0]), *args[1:]).exp()
     return torch.where(failed, z.sum(-1)[..., None, None], plan).to(cost.dtype)
 
 

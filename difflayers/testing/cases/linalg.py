@@ -65,7 +65,9 @@ def _case(name: str, A: Tensor, b: Tensor, solver: Any, starved: Any = None, **f
             Wrong("not square", (A[..., :2], b), r"A: expected a square matrix .* got \(.*3, 2\)"),
             Wrong("wrong length", (A, b[..., :2]), "b: expected 3 entries .* got 2"),
             Wrong("a vector for a matrix", (A[0] if A.ndim == 2 else A[0, 0], b), r"A: expected at least 2 dimensions"),
-            Wrong("batches that do not fit", (A.expand(4, 2, 3, 3), normal(2, 3, 3)), "[Ab]: expected batch dimensions"),
+            Wrong(
+                "batches that do not fit", (A.expand(4, 2, 3, 3), normal(2, 3, 3)), "[Ab]: expected batch dimensions"
+            ),
         ),
     }
     if starved is not None:
@@ -138,7 +140,7 @@ _CG = _case("linear_solve CG", POSITIVE, VECTORS, CG(), CG(max_steps=1), hostile
 _GMRES = _case("linear_solve GMRES", SQUARE, VECTORS, GMRES(), GMRES(max_steps=1), hostile=GENERAL)
 
 # finite differences and the twin move one entry of a matrix; the symmetric part is what these layers see
-_SYMMETRIC = {"unrolled": lambda A, b: torch.linalg.solve((A + A.mT) / 2, b.unsqueeze(-1)).squeeze(-1)}
+_SYMMETRIC: dict[str, Any] = {"unrolled": lambda A, b: torch.linalg.solve((A + A.mT) / 2, b.unsqueeze(-1)).squeeze(-1)}
 _CHOLESKY, _CG = replace(_CHOLESKY, **_SYMMETRIC), replace(_CG, **_SYMMETRIC)
 
 LINEAR_SOLVES: tuple[LayerCase, ...] = (
