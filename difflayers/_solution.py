@@ -230,7 +230,7 @@ def settle(
             f"{name} ({phase}): {int(starved.sum())} of {starved.numel()} batch elements stopped after "
             f"{int(info.steps[starved].max())} steps before they met the tolerance; largest residual "
             f"{float(info.residual[starved].max()):.2e}. The result and its gradient may be inaccurate: raise "
-            "`max_steps`, loosen `rtol`, or improve `init`.",
+            "`max_steps` if it was reached, else the solver stagnated: loosen `rtol`, rescale, or improve `init`.",
             SolveWarning,
             stacklevel=_stacklevel(),
         )

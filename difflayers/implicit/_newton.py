@@ -70,7 +70,7 @@ class Newton(IterativeSolver):
         # minimiser of the parabola through both merits and the slope, kept within [t/10, t/2]
         curvature = after**2 + (2 * t - 1) * before**2
         shorter = t * (t * before**2 / torch.where(curvature > 0, curvature, 1)).clamp(0.1, 0.5)
-        status = torch.where((linear_status > Status.MAX_STEPS) & ~solved, linear_status, 0)
+        status = torch.where(linear_status > Status.MAX_STEPS, linear_status, 0)
         singular = status > 0
         stuck = ~accept & (t < _SHORTEST)
         rounding = error <= torch.finfo(z.dtype).eps ** 0.5 * scale

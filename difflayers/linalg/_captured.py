@@ -75,11 +75,15 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from (leaf for leaf in vars(value).values() if isinstance(leaf, Tensor))
 
 
-def _refuse(name: str, argument: str) -> None:
+_REMEDY = (
+    "Pass it in `args` (for a module: implicit.FixedPoint, or torch.func.functional_call with its parameters in `args`)"
+)
+
+
+def _refuse(name: str, argument: str, remedy: str) -> None:
     raise ValueError(
         f"{argument}: expected a function of its arguments alone, got one that captures {name}, a tensor that is being "
-        "differentiated; its gradient would be lost. Pass it in `args` (for a module: implicit.FixedPoint, or "
-        "torch.func.functional_call with its parameters in `args`)"
+        f"differentiated; its gradient would be lost. {remedy}"
     )
 
 
@@ -93,19 +97,19 @@ def constant_like(t: Tensor) -> Tensor:
     return torch.full(t.shape, 0.5, dtype=torch.float32, device=t.device).to(t.dtype)
 
 
-def refuse_held(function: Any, argument: str) -> None:
+def refuse_held(function: Any, argument: str, remedy: str = _REMEDY) -> None:
     """Looks at what the callable holds, before anything is evaluated."""
     for name, value in _held(function):
         for t in _tensors(value):
             if _differentiated(t):
-                _refuse(name, argument)
+                _refuse(name, argument, remedy)
 
 
-def refuse_seen(outputs: Sequence[Tensor], argument: str) -> None:
+def refuse_seen(outputs: Sequence[Tensor], argument: str, remedy: str = _REMEDY) -> None:
     """Looks at the result of an evaluation on constants: whatever is differentiated in it was captured."""
     for t in outputs:
         if _differentiated(t):
-            _refuse("from an outer scope", argument)
+            _refuse("from an outer scope", argument, remedy)
 
 
 class Seen:

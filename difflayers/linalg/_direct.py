@@ -56,8 +56,18 @@ def _row_scale(A: Tensor) -> Tensor:
 def tiny_pivots(pivots: Tensor, columns: Tensor) -> Tensor:
     """Per element: some pivot is rounding noise of its column, or not a number."""
     n = pivots.shape[-1]
-    noise = n * torch.finfo(pivots.dtype).eps * columns
+    noise = 4 * n * torch.finfo(pivots.dtype).eps * columns
     return ~(pivots.abs() > noise).all(-1)
+
+
+def _no_digit_left(y: Tensor, rhs: Tensor, columns: Tensor, transpose: bool) -> Tensor:
+    """Per element: the solution of the equilibrated system is so large that rounding alone explains the right-hand side.
+
+    Pivots of a singular matrix are not always small enough to tell; this is.
+    """
+    y, rhs = (y, rhs / columns) if transpose else (y * columns, rhs)
+    n = y.shape[-1]
+    return n * torch.finfo(y.dtype).eps * y.abs().amax(-1) > rhs.abs().amax(-1)
 
 
 @dataclass(frozen=True)
@@ -67,31 +77,27 @@ class LU(LinearSolver):
     An element whose pivot is rounding noise is reported ``SINGULAR`` instead of returning large numbers.
     """
 
-    factor_ndims = (2, 1, 1, 0)
+    factor_ndims = (2, 1, 1, 1, 0)
 
     def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
         A = system.matrix(params, like)
-        if A.shape[-1] == 0:
-            batch = A.shape[:-2]
-            empty = A.new_zeros(*batch, 0)
-            return A, empty.to(torch.int32), empty, torch.zeros(batch, dtype=torch.bool, device=A.device)
         scale = _row_scale(A)
         scaled = A / scale.unsqueeze(-1)
         factors, pivots, _ = torch.linalg.lu_factor_ex(scaled)
-        singular = tiny_pivots(factors.diagonal(dim1=-2, dim2=-1), scaled.abs().amax(-2))
-        return factors, pivots, scale, singular
+        columns = scaled.abs().amax(-2)
+        singular = tiny_pivots(factors.diagonal(dim1=-2, dim2=-1), columns)
+        return factors, pivots, scale, columns, singular
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
     ) -> tuple[Tensor, Info]:
-        lu, pivots, scale, singular = factors
-        if rhs.shape[-1] == 0:
-            return rhs.clone(), direct_info(singular, rhs, 1)
+        lu, pivots, scale, columns, singular = factors
         if not transpose:
             rhs = rhs / scale
         x = solve_columns(
             lambda lu, pivots, b: torch.linalg.lu_solve(lu, pivots, b, adjoint=transpose), (lu, pivots), (2, 1), rhs
         )
+        singular = singular | _no_digit_left(x, rhs, columns, transpose)
         if transpose:
             x = x / scale
         return x, direct_info(singular, x, 1)
@@ -128,26 +134,26 @@ class Cholesky(LinearSolver):
 class QR(LinearSolver):
     """Householder QR of a square matrix: slower than LU, backward stable without pivot growth."""
 
-    factor_ndims = (2, 2, 1, 0)
+    factor_ndims = (2, 2, 1, 1, 0)
 
     def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
         A = system.matrix(params, like)
         scale = _row_scale(A)
         scaled = A / scale.unsqueeze(-1)
         Q, R = torch.linalg.qr(scaled)
-        return Q, R, scale, tiny_pivots(R.diagonal(dim1=-2, dim2=-1), scaled.norm(dim=-2))
+        columns = torch.linalg.vector_norm(scaled, dim=-2)
+        return Q, R, scale, columns, tiny_pivots(R.diagonal(dim1=-2, dim2=-1), columns)
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
     ) -> tuple[Tensor, Info]:
-        Q, R, scale, singular = factors
+        Q, R, scale, columns, singular = factors
+        rhs = rhs if transpose else rhs / scale
         if transpose:
-            x = solve_columns(
-                lambda Q, R, b: Q @ torch.linalg.solve_triangular(R.mT, b, upper=False), (Q, R), (2, 2), rhs
-            )
-            x = x / scale
+            solve = lambda Q, R, b: Q @ torch.linalg.solve_triangular(R.mT, b, upper=False)  # noqa: E731
         else:
-            x = solve_columns(
-                lambda Q, R, b: torch.linalg.solve_triangular(R, Q.mT @ b, upper=True), (Q, R), (2, 2), rhs / scale
-            )
+            solve = lambda Q, R, b: torch.linalg.solve_triangular(R, Q.mT @ b, upper=True)  # noqa: E731
+        x = solve_columns(solve, (Q, R), (2, 2), rhs)
+        singular = singular | _no_digit_left(x, rhs, columns, transpose)
+        x = x / scale if transpose else x
         return x, direct_info(singular, x, 1)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from difflayers._checks import broadcast_batch, check_same, check_tensor, compute_dtype
+from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
 
 from ._autodiff import opaque
@@ -120,8 +120,12 @@ def _solve(
         check_same([("b", b), ("init", init)])
         if isinstance(system.solver, LU | QR | Cholesky):
             raise ValueError(f"init: expected None for the direct solver {system.solver}, got a tensor")
-        broadcast_batch([("b", rhs.shape[:-1]), ("init", init.shape[:-1])])
-        init = init.detach().to(work)
+        check_shape("init", init.shape[-1:], rhs.shape[-1:], " in its last dimension as b has")
+        broadcast_batch([("b", tuple(rhs.shape[:-1])), ("init", tuple(init.shape[:-1]))])
+        init = init.detach().to(work).expand_as(rhs)
+    if rhs.shape[-1] == 0:
+        status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
+        return Solution(rhs.to(dtype).clone(), status, status, rhs.detach().sum(-1))
     x, status, steps, residual = solve_system(system, rhs, params, init)
     if measure:
         residual = (system.apply(params, x, False) - rhs).detach().norm(dim=-1)
@@ -134,12 +138,12 @@ def _system(
     n = b.shape[-1]
     needs_symmetry = isinstance(solver, CG | Cholesky)
     if isinstance(A, LinearOperator):
+        check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
         if gradients_wanted():
-            refuse_held(A.matvec, "A.matvec")
+            refuse_held(A.matvec, "A.matvec", remedy="Pass it in `params`")
             # on constants: a product that is differentiated all the same captured something
             constants = tuple(constant_like(p) if p.is_floating_point() else p for p in A.params)
-            refuse_seen([A.matvec(constants, constant_like(b))], "A.matvec")
-        check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
+            refuse_seen([A.matvec(constants, constant_like(b))], "A.matvec", remedy="Pass it in `params`")
         positive = bool(A.tags & Tag.POSITIVE_DEFINITE)
         if needs_symmetry and not positive:
             raise ValueError(f"A: expected tags=Tag.POSITIVE_DEFINITE for {type(solver).__name__}, got {A.tags}")

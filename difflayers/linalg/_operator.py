@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vjp
 
-from difflayers._checks import check_tensor
+from difflayers._checks import check_shape, check_tensor
 
 from ._system import LinearSystem, Params
 
@@ -72,7 +72,9 @@ class OperatorSystem(LinearSystem):
         if transpose and not self.symmetric:
             _, pull = vjp(lambda u: self.matvec(params, u), torch.zeros_like(v))
             return pull(v)[0]
-        return self.matvec(params, v)
+        out = self.matvec(params, v)
+        check_shape("A.matvec output", out.shape, v.shape, " as the vector has")
+        return out
 
 
 @dataclass(frozen=True, eq=False)

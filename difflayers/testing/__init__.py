@@ -10,11 +10,15 @@
 True
 """
 
-# The order of these imports is the order in which clauses run.
+# Files of clauses are imported for what they register, in the order in which their clauses run.
 # isort: off
 from ._case import Hostile, LayerCase, Wrong
 from ._clauses import CLAUSES, Clause, Result, check_layer, run_clause
-from . import _derivatives, _transforms, _shapes, _hostile, _modules
+from . import _derivatives as _derivatives
+from . import _transforms as _transforms
+from . import _shapes as _shapes
+from . import _hostile as _hostile
+from . import _modules as _modules
 from ._gradient import GradientReport, check_gradient
 # isort: on
 

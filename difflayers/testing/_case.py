@@ -209,7 +209,7 @@ def wave(like: Tensor, shift: float = 0.0) -> Tensor:
 
 
 def weighted(value: Tensor, shift: float = 0.0) -> Tensor:
-    """One number of a value: half its square, weighted, so that its second derivative is not that of the value alone."""
+    """One number of a value; not linear, so that its second derivative is not that of the value alone."""
     return (wave(value, shift) * (value + value.square() / 2)).sum()
 
 

@@ -97,7 +97,7 @@ def jacfwd_equals_jacrev(case: LayerCase, device: torch.device) -> None:
 
 @clause()
 def hessians_agree(case: LayerCase, device: torch.device) -> None:
-    """All orders of forward and reverse mode give one symmetric Hessian: hessian, jacfwd twice, jacrev twice, autograd."""
+    """Every order of forward and reverse mode, torch.func or autograd, gives one and the same symmetric Hessian."""
     inputs = single(case, device)
     every = tuple(range(len(inputs)))
 

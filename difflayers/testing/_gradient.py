@@ -111,7 +111,7 @@ def check_gradient(
             b.data.copy_(before)
         with torch.random.fork_rng(devices=_devices(named)):
             torch.manual_seed(seed)  # dropout draws the same mask every time
-            args = spec.unflatten(data)
+            args: Any = spec.unflatten(data)
             out = model(*args) if isinstance(args, tuple) else model(**args) if isinstance(args, dict) else model(args)
         total = loss(out) if loss is not None else _total(out)
         if total.numel() != 1 or not bool(torch.isfinite(total).all()):

@@ -56,19 +56,21 @@ def nan_and_inf_are_refused(case: LayerCase, device: torch.device) -> None:
     """NaN and Inf raise a ValueError that names the argument, also under vmap (unless Inf has a finite result)."""
     inputs = case.at(device)
     for i, name in enumerate(case.names):
-        if name is None or inputs[i].numel() == 0:
-            continue
         for number in (math.nan, math.inf):
-            spoilt = inputs[i].clone()
-            spoilt.view(-1)[0] = number
-            changed = (*inputs[:i], spoilt, *inputs[i + 1 :])
-            match = rf"(?<!\w){re.escape(name)}: .*finite"
-            if number == math.inf and _infinity_is_a_number(case, changed):
-                continue
-            refused(lambda x=changed: case.fn(*x), (ValueError,), match, f"{number} in {name}")  # type: ignore[misc]
-            if case.size:
-                batched = vmap(case.fn, in_dims=case.in_dims)
-                refused(lambda x=changed: batched(*x), (ValueError,), match, f"{number} in {name} under vmap")  # type: ignore[misc]
+            if name is not None and inputs[i].numel():
+                spoilt = inputs[i].clone()
+                spoilt.view(-1)[0] = number
+                _refused_by_name(case, (*inputs[:i], spoilt, *inputs[i + 1 :]), number, name)
+
+
+def _refused_by_name(case: LayerCase, inputs: Inputs, number: float, name: str) -> None:
+    if number == math.inf and _infinity_is_a_number(case, inputs):
+        return
+    match = rf"(?<!\w){re.escape(name)}: .*finite"
+    refused(lambda: case.fn(*inputs), (ValueError,), match, f"{number} in {name}")
+    if case.size:
+        mapped = vmap(case.fn, in_dims=case.in_dims)
+        refused(lambda: mapped(*inputs), (ValueError,), match, f"{number} in {name} under vmap")
 
 
 @clause(needs=requires("tolerant", "size"))
@@ -88,17 +90,27 @@ def failure_is_raised(case: LayerCase, device: torch.device) -> None:
         refused(call, (SolveError, ValueError), "", what)
 
 
-def derivatives(case: LayerCase, inputs: Inputs, g: Tensor) -> dict[str, Tensor]:
-    """Value, first and second derivatives of the tolerant layer, for the cotangent `g`."""
-    assert case.tolerant is not None
+def derivatives(fn: Callable[..., Tensor], inputs: Inputs, g: Tensor) -> dict[str, Tensor]:
+    """Value, first and second derivatives for the cotangent `g`."""
     x = leaves(inputs)
-    value = case.tolerant(*x)
+    value = fn(*x)
     first = torch.autograd.grad(value, x, g, create_graph=True)
     second = once_more(first, x)
     out = {"value": value.detach()}
     out |= {f"first derivative, input {i}": f.detach() for i, f in enumerate(first)}
     out |= {f"second derivative, input {i}": s for i, s in enumerate(second)}
     return out
+
+
+@clause(needs=requires("tolerant"))
+def tolerance_changes_nothing(case: LayerCase, device: torch.device) -> None:
+    """Where nothing fails, on_failure="nan" gives the value and derivatives of "raise", at both orders."""
+    assert case.tolerant is not None
+    inputs = case.at(device)
+    g = wave(case.fn(*inputs))
+    expected = derivatives(case.fn, inputs, g)
+    for name, got in derivatives(case.tolerant, inputs, g).items():
+        close(got, expected[name], name, case.tol)
 
 
 @clause(needs=requires("tolerant", "size"))
@@ -112,7 +124,7 @@ def one_bad_element(case: LayerCase, device: torch.device) -> None:
         value = case.tolerant(*good)
         g = wave(value)
         g[k] = 0  # nobody depends on the bad element
-        clean, spoilt = derivatives(case, good, g), derivatives(case, bad, g)
+        clean, spoilt = derivatives(case.tolerant, good, g), derivatives(case.tolerant, bad, g)
         assert bool(torch.isnan(spoilt["value"][k]).all()), f"element {k}: expected NaN, got a number"
         for name, got in spoilt.items():
             index = None if name == "value" else int(name.split()[-1])
@@ -255,7 +267,7 @@ def solves_are_traced(case: LayerCase, device: torch.device) -> None:
 
 @clause(needs=requires("captured"))
 def captured_tensor_is_refused(case: LayerCase, device: torch.device) -> None:
-    """A function that captures a differentiated tensor is refused under backward, grad, jvp and vmap; a constant is not."""
+    """A captured tensor is refused where it is differentiated: backward, grad, jvp, vmap; a constant is not."""
     assert case.captured is not None
     run = case.captured
     t = single_input(case, device)

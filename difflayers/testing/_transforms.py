@@ -102,7 +102,7 @@ def products_agree(case: LayerCase, device: torch.device) -> None:
     close(value, out, "value", case.tol)
     g = wave(out)
     dual = sum((p * t).sum() for p, t in zip(pull(g), tangents, strict=True))
-    close((g * moved).sum(), dual, "<g, J t> against <J^T g, t>", case.tol)  # type: ignore[arg-type]
+    close((g * moved).sum(), dual, "<g, J t> against <J^T g, t>", case.tol)
     several = vmap(lambda *t: jvp(case.fn, inputs, t)[1])(*(torch.stack([t, 2 * t]) for t in tangents))
     close(several, torch.stack([moved, 2 * moved]), "vmap of jvp", case.tol)
     cotangents = vmap(lambda g: pull(g))(torch.stack([g, 2 * g]))

@@ -363,6 +363,9 @@ BROKEN: dict[str, LayerCase] = {
     "wrong_dtype_is_refused": toy("takes integers", product, names=("x", "w")),
     "nan_and_inf_are_refused": replace(GOOD, name="unnamed argument", fn=unnamed, hostile=(), representative=False),
     "failure_is_raised": toy("silent NaN", GOOD.tolerant, tolerant=GOOD.tolerant),
+    "tolerance_changes_nothing": toy(
+        "detached second derivative under nan", product, tolerant=lambda x, w: detached_second(x, w)
+    ),
     "one_bad_element": toy("batch-coupled stopping", GOOD.fn, tolerant=coupled_stopping),
     "duplicates_stay_equal": toy("start by position", by_position),
     "hostile_input": toy("NaN slope at zero", kinked, hostile=(Hostile("zero", (0 * X, W)),)),
@@ -380,6 +383,9 @@ ALSO: dict[str, set[str]] = {
     "jacfwd_equals_jacrev": {"gradcheck", "hessians_agree", "vmapped_hessian", "products_agree"},
     "shared_gradient_is_a_sum": {"gradcheck", "gradgradcheck", "several_batch_dimensions"},
     "products_agree": {"hessians_agree"},
+    # a plain function knows no failure at all
+    "tolerance_changes_nothing": {"failure_is_raised", "one_bad_element"},
+    "one_bad_element": {"tolerance_changes_nothing"},
     "autocast_of_forward": {"autocast_of_backward"},
 }
 

@@ -96,14 +96,21 @@ def fsolve(residual: Callable[..., Tensor], n: int, start: float = 0.0) -> Calla
 def wrong_calls(layer: Callable[..., Any], argument: str, good: Callable[..., Any]) -> tuple[Wrong, ...]:
     """Mistakes in a call, whatever the function."""
     three, two = normal(1, 3), normal(1, 2)
+    integers = torch.ones(3, dtype=torch.int64, device="cpu")
+    doubled = (normal(1, 2, 3), normal(1, 4, 3))
+
+    def call(function: Any, **options: Any) -> Callable[..., Any]:
+        return lambda z, a=None: layer(function, z, (z if a is None else a,), **options)
+
     return (
-        Wrong("output of another shape", (three,), f"{argument} output: expected shape .* got", lambda a: layer(lambda z, a: z[..., :2], torch.zeros_like(a), (a,))),
-        Wrong("output of another dtype", (three,), f"{argument} output: expected", lambda a: layer(lambda z, a: good(z, a).float(), torch.zeros_like(a), (a,))),
-        Wrong("init of too few dimensions", (three,), "init: expected at least 2 dimensions", lambda a: layer(good, a, (a,), event_ndim=2)),
-        Wrong("init that is no tensor", (three,), "init: expected a tensor", lambda a: layer(good, "start", (a,))),
-        Wrong("args that are no tuple", (three,), "args: expected a tuple", lambda a: layer(good, a, a)),
-        Wrong("batches that do not fit", (normal(1, 2, 3), normal(1, 4, 3)), "args.0.: expected batch dimensions", lambda z, a: layer(good, z, (a,), arg_ndims=(1,))),
-        Wrong("too few dimensions", (three, two), "args.0.: expected at least 2 dimensions", lambda z, a: layer(good, z, (a,), arg_ndims=(2,))),
-        Wrong("another policy", (three,), "on_failure: expected", lambda a: layer(good, a, (a,), on_failure="zero")),
-        Wrong("integer init", (torch.ones(3, dtype=torch.int64, device="cpu"),), "init: expected a floating-point", lambda a: layer(good, a, ())),
-    )  # fmt: skip
+        Wrong("another shape", (three,), f"{argument} output: expected shape .* got", call(lambda z, a: z[..., :2])),
+        Wrong("another dtype", (three,), f"{argument} output: expected", call(lambda z, a: good(z, a).float())),
+        Wrong("init too flat", (three,), "init: expected at least 2 dimensions", call(good, event_ndim=2)),
+        Wrong("init no tensor", (three,), "init: expected a tensor", lambda a: layer(good, "start", (a,))),
+        Wrong("args no tuple", (three,), "args: expected a tuple", lambda a: layer(good, a, a)),
+        Wrong("batches", doubled, "args.0.: expected batch dimensions", call(good, arg_ndims=(1,))),
+        Wrong("too few dimensions", (three, two), "args.0.: expected at least 2 dim", call(good, arg_ndims=(2,))),
+        Wrong("another policy", (three,), "on_failure: expected", call(good, on_failure="zero")),
+        Wrong("integers", (integers,), "init: expected a floating-point", call(good)),
+        Wrong("no function", (three,), f"{argument}: expected a callable", call("good")),
+    )

@@ -104,7 +104,8 @@ ROOTS = (
         representative=True,
         wrong=wrong_calls(root_find, "residual", lambda z, a: z - a),
         hostile=(
-            Hostile("large", (1e9 * B, W)),
+            Hostile("large", (1e4 * B, W)),
+            Hostile("very large", (1e9 * B, W), may_fail=True),
             Hostile("huge", (1e80 * B, W), may_fail=True),
             Hostile("tiny", (1e-80 * B, W)),
             Hostile("zero", (0 * B, W)),
