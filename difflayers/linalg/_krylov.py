@@ -119,8 +119,8 @@ class GMRES(LinearSolver):
         preconditioner: ``fn(params, r)``, an approximate inverse, applied from the right.
 
     Source: P. Jiranek, M. Rozloznik, Adaptive version of simpler GMRES, Numerical Algorithms 53, 2010 (algorithm 1).
-    Departure: images are orthogonalised twice, and plain corrections ``x + r`` come first while each of them shrinks the
-    residual to 0.7 or less: a step of GMRES costs several of them.
+    Departure: images are orthogonalised twice, and plain corrections ``x + r`` come first while each of them halves
+    the residual: a step of GMRES costs several of them.
     """
 
     rtol: float | None = None
@@ -149,7 +149,7 @@ class GMRES(LinearSolver):
             d = precondition(params, r)
             r_new = r - product(d)
             norm_new = _norm(r_new)
-            plain = plain & (norm_new <= 0.7 * norm)
+            plain = plain & (norm_new <= 0.5 * norm)
             x, r, norm = torch.where(plain, x + d, x), torch.where(plain, r_new, r), torch.where(plain, norm_new, norm)
             steps = steps + active
             active = active & (norm > tol)

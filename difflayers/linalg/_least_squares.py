@@ -252,6 +252,8 @@ def solve_forward(*data: Tensor | None) -> tuple[Tensor, Info, Params]:
         if lam is not None:
             t = t - lam.unsqueeze(-1) * (w if w0 is None else w - w0)
         w = torch.cat(_padded(w, _upper_solve(Rc, _times(Q1.mT, t))), -1)
+    if lam is not None:
+        singular = singular | (lam < 0)
     return w, direct_info(singular, w, 1), factors
 
 
@@ -286,7 +288,7 @@ class LeastSquaresMap(torch.autograd.Function):
 
         with plain_forward(tensors[0][1]):
             (x, factors), info = timed("least_squares", "forward", solve)
-        x = settle(x, info, on_failure, name="least_squares", diagnose=lambda: check_finite(tensors))
+        x = settle(x, info, on_failure, name="least_squares", diagnose=lambda: _diagnose(tensors))
         return (x, *info, *factors)
 
     @staticmethod
@@ -376,6 +378,14 @@ class LeastSquaresMap(torch.autograd.Function):
         aligned = iter(align(*zip(*present, strict=True)))  # type: ignore[arg-type]
         out = LeastSquaresMap.apply(on_failure, *(None if t is None else next(aligned) for t in data))
         return out, (0, 0, 0, 0, *factor_dims(out[4:], FACTOR_NDIMS[: len(out) - 4], out[0].ndim - 1))
+
+
+def _diagnose(tensors: list[tuple[str, Tensor]]) -> None:
+    """A clearer error than that of the solver, where the input is bad."""
+    check_finite(tensors)
+    ridge = dict(tensors).get("ridge")
+    if ridge is not None and bool((ridge < 0).any()):
+        raise ValueError(f"ridge: expected at least 0, got {float(ridge.min())}")
 
 
 def _summed(g: Tensor, like: Tensor) -> Tensor:

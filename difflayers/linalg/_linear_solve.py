@@ -125,7 +125,8 @@ def _solve(
         init = init.detach().to(work).expand_as(rhs)
     if rhs.shape[-1] == 0:
         status = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
-        return Solution(rhs.to(dtype).clone(), status, status, rhs.detach().sum(-1))
+        nothing = sum((p.sum() * 0 for p in params if p.is_floating_point()), rhs.sum())  # keeps the graph connected
+        return Solution((rhs + nothing).to(dtype), status, status, rhs.detach().sum(-1))
     x, status, steps, residual = solve_system(system, rhs, params, init)
     if measure:
         residual = (system.apply(params, x, False) - rhs).detach().norm(dim=-1)

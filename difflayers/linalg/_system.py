@@ -236,7 +236,8 @@ class SystemSolve(torch.autograd.Function):
                 system.name, phase, lambda: system.solver.solve(system, params, factors, rhs, transpose, init)
             )
         names = system.param_names or tuple(f"params[{i}]" for i in range(len(params)))
-        checked = [*zip(names, params, strict=True), ("b", rhs)] if phase == "forward" else []
+        checked = [*zip(names, params, strict=True), ("b", rhs)]
+        checked += [] if init is None else [("init", init)]
         x = settle(
             x,
             info,
