@@ -26,8 +26,8 @@ RADII = (0.5, 0.9)
 DTYPES = (torch.float64, torch.float32)
 TARGET = {torch.float64: 1e-8, torch.float32: 1e-4}
 LADDER = {
-    torch.float64: [10 ** (-k / 2) for k in range(14, 24)],
-    torch.float32: [10 ** (-k / 2) for k in range(6, 14)],
+    torch.float64: [10 ** (-k / 2) for k in range(15, 24)],
+    torch.float32: [10 ** (-k / 2) for k in range(7, 14)],
 }
 STEPS = [k for scale in (10, 100) for k in range(scale, 10 * scale, scale // 5)]
 LIMIT = 1000

@@ -229,7 +229,9 @@ def measure(case: Case, options: Options) -> list[Row]:
         error = relative_error(contender.fn(), reference)
         row = Row(case.name, contender.name, position == 0, error, target=case.target, settings=contender.settings())
         rows.append(row)
-        once = min(seconds(contender.fn, 1, options.device) for _ in range(3))
+        once = seconds(contender.fn, 1, options.device)
+        if once < SAMPLE_SECONDS:
+            once = min(once, *(seconds(contender.fn, 1, options.device) for _ in range(2)))
         repeats.append(max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))))
     order = list(range(len(rows)))
     shuffle = random.Random(0).shuffle

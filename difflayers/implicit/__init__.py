@@ -17,6 +17,7 @@ from ._anderson import Anderson
 from ._argmin import argmin, argmin_ex
 from ._bisection import Bisection
 from ._engine import ImplicitProblem, solution_map, solution_map_ex
+from ._envelope import envelope
 from ._fixed_point import fixed_point, fixed_point_ex
 from ._fixed_point_module import FixedPoint
 from ._iterate import IterativeSolver, Step
@@ -26,6 +27,7 @@ from ._newton import Newton
 from ._nonlinear_least_squares import Exact, GaussNewton, nonlinear_least_squares, nonlinear_least_squares_ex
 from ._picard import Picard
 from ._root_find import root_find, root_find_ex
+from ._warm_start import WarmStart
 
 __all__ = [
     "LBFGS",
@@ -46,8 +48,10 @@ __all__ = [
     "Status",
     "Step",
     "Unrolled",
+    "WarmStart",
     "argmin",
     "argmin_ex",
+    "envelope",
     "fixed_point",
     "fixed_point_ex",
     "nonlinear_least_squares",

@@ -230,6 +230,7 @@ class SolutionMap(torch.autograd.Function):
         ctx.listeners = current_listeners()
         ctx.factors = None
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no cotangent, no adjoint solve
         saved = (*output[:2], *output[4:], *args)
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)
@@ -257,6 +258,8 @@ class SolutionMap(torch.autograd.Function):
         ctx: Any, transpose: bool, g: Tensor, value: Tensor, failed: Any, factors: Any, args: Any, forward: bool = False
     ) -> Tensor:
         """``A^-1 g`` or ``A^-T g``, failed elements exactly zero unless somebody asks for them."""
+        if g.numel() == 0:
+            return g.clone()
         task: Task = ctx.task
         system = task.system(value)
         rhs = task.to_vector(g if failed is None else torch.where(expand_mask(failed, task.problem.value_ndim), 0, g))

@@ -6,6 +6,7 @@ each element on its own; :func:`unroll` runs the same step a fixed number of tim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -85,11 +86,11 @@ def iterate(solver: IterativeSolver, function: Function, z: Tensor) -> tuple[Ten
     that a solution at zero is reached too), or when its error is no longer a number. Elements that have stopped go on
     iterating unseen: their result is already stored, and no element sees another.
     """
-    if solver.check_every is None:
-        return unroll(solver, function, z, solver.max_steps)
     counts = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
     if z.numel() == 0:
         return z, Info(counts, counts, torch.zeros(z.shape[:-1], dtype=z.dtype, device=z.device))
+    if solver.check_every is None:
+        return unroll(solver, function, z, solver.max_steps)
     rtol = default_rtol(solver.rtol, z.dtype)
     state = solver.start(function, z)
     floor = first = best = stored = None
@@ -131,6 +132,11 @@ def _verdict(s: Step, floor: Tensor, rtol: float) -> tuple[Tensor, Tensor | None
     return active & (status == 0), status
 
 
+def _lost_in_scale(s: Step) -> Tensor:
+    """The error, infinite where its scale overflowed: compared with that, anything would look converged."""
+    return torch.where(torch.isfinite(s.scale), s.error, math.inf)
+
+
 def _not_finite(status: Tensor, error: Tensor, runaway: Tensor | bool = False) -> Tensor:
     """`status`, with DIVERGED where the error ran away or is no longer a number."""
     lost = (runaway | ~torch.isfinite(error)) & (status <= Status.MAX_STEPS)
@@ -170,7 +176,7 @@ class _Stored(NamedTuple):
         k: int,
         best: _Best | None,
     ) -> _Stored:
-        final, error = s.final, s.error
+        final, error = s.final, _lost_in_scale(s)
         status = zeros if status is None else status
         if best is not None:
             starved = active & torch.isfinite(best.error)
@@ -199,6 +205,7 @@ def unroll(solver: IterativeSolver, function: Function, z: Tensor, max_steps: in
     for k in range(max_steps):
         s = solver.step(function, z, state, k)
         now = s._replace(error=s.error.detach(), scale=s.scale.detach())
+        now = now._replace(error=_lost_in_scale(now))
         floor = _floor(solver, now) if floor is None else floor
         go_on, ended = _verdict(now, floor, rtol)
         steps = steps + active

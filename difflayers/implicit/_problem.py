@@ -16,9 +16,18 @@ from torch.func import vmap
 
 from difflayers._checks import broadcast_batch, check_finite, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import Info, OnFailure, Solution, Status, check_policy, settle, timed
-from difflayers.linalg._autodiff import autocast_off, forward_mode, opaque, primal, quick_apply, transforms_active
+from difflayers.linalg._autodiff import (
+    alive,
+    autocast_off,
+    forward_mode,
+    opaque,
+    primal,
+    quick_apply,
+    transforms_active,
+)
 from difflayers.linalg._captured import Seen, constant_like, gradients_wanted, refuse_coupling, refuse_held, refuse_seen
-from difflayers.linalg._system import harmless
+from difflayers.linalg._grads_batched import batched_backward
+from difflayers.linalg._system import harmless, mask_failed
 
 from ._adjoints import Adjoint, OneStep, Unrolled
 from ._engine import ImplicitProblem, SolutionMap, Task
@@ -368,16 +377,24 @@ class _Settle(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.count = len(inputs)
+        task, _, status, *_rest = inputs
+        ctx.count, ctx.masked = len(inputs), task[1] == "nan"
+        ctx.save_for_backward(output, status)
+        ctx.save_for_forward(output, status)
 
     @staticmethod
+    @batched_backward
     def backward(ctx: Any, g: Tensor) -> Any:
+        output, status = map(alive, ctx.saved_tensors)
+        g = mask_failed(g, g, status > Status.MAX_STEPS, output, 1) if ctx.masked else g
         return (None, g, *([None] * (ctx.count - 2)))
 
     @staticmethod
     def jvp(ctx: Any, _task: Any, tangent: Tensor, *_: Any) -> Tensor:
         with forward_mode():
-            return primal(tangent).clone()
+            tangent, (output, status) = primal(tangent), map(primal, ctx.saved_tensors)
+            failed = status > Status.MAX_STEPS
+            return mask_failed(tangent, tangent, failed, output, 1) if ctx.masked else tangent.clone()
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, task: Any, *tensors: Tensor) -> Any:

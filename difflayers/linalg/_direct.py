@@ -49,7 +49,7 @@ def _one_batch(t: Tensor, batch: torch.Size, event_ndim: int) -> Tensor:
 
 def _row_scale(A: Tensor) -> Tensor:
     """The largest magnitude of every row, 1 for rows of zeros: equilibration makes the pivot test scale-free."""
-    scale = A.abs().amax(-1)
+    scale = torch.linalg.vector_norm(A, math.inf, dim=-1)
     return torch.where(scale > 0, scale, 1)
 
 
@@ -84,7 +84,7 @@ class LU(LinearSolver):
         scale = _row_scale(A)
         scaled = A / scale.unsqueeze(-1)
         factors, pivots, _ = torch.linalg.lu_factor_ex(scaled)
-        columns = scaled.abs().amax(-2)
+        columns = torch.linalg.vector_norm(scaled, math.inf, dim=-2)
         singular = tiny_pivots(factors.diagonal(dim1=-2, dim2=-1), columns)
         return factors, pivots, scale, columns, singular
 

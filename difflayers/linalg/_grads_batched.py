@@ -20,7 +20,9 @@ def batched_backward(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., tupl
     """A backward rule ``(ctx, g, *ignored)`` that also takes cotangents batched by ``is_grads_batched=True``."""
 
     @functools.wraps(rule)
-    def backward(ctx: Any, g: Tensor, *ignored: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None, *ignored: Any) -> tuple[Any, ...]:
+        if g is None:  # nobody depends on the output (with gradients not materialised)
+            return (None,) * len(ctx.needs_input_grad)
         if not _is_batched(g):
             return rule(ctx, g, *ignored)
         level = torch._C._vmapmode_increment_nesting() - 1

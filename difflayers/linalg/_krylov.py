@@ -14,6 +14,8 @@ from difflayers._solution import Info, Status
 
 from ._system import LinearSolver, LinearSystem, Params
 
+_PLAIN = 12  # plain corrections before GMRES proper
+
 Preconditioner = Callable[[Params, Tensor], Tensor]
 
 
@@ -119,8 +121,8 @@ class GMRES(LinearSolver):
         preconditioner: ``fn(params, r)``, an approximate inverse, applied from the right.
 
     Source: P. Jiranek, M. Rozloznik, Adaptive version of simpler GMRES, Numerical Algorithms 53, 2010 (algorithm 1).
-    Departure: images are orthogonalised twice, and plain corrections ``x + r`` come first while each of them halves
-    the residual: a step of GMRES costs several of them.
+    Departure: images are orthogonalised twice, and plain corrections ``x + r`` come first where they are about to
+    finish: a step of GMRES costs several of them.
     """
 
     rtol: float | None = None
@@ -143,15 +145,16 @@ class GMRES(LinearSolver):
         steps = torch.zeros(norm.shape, dtype=torch.int64, device=rhs.device)
         taken = 0
         # Plain corrections first: where the map is close to the identity (the adjoint of a strong contraction) nothing
-        # is cheaper. Each element leaves as soon as a correction shrinks its residual too little.
+        # is cheaper. An element stays while it may be expected to finish this way soon.
         plain = active
-        while taken < self.max_steps and not self._done(plain, taken):
+        while taken < min(self.max_steps, _PLAIN) and not self._done(plain, taken):
             d = precondition(params, r)
             r_new = r - product(d)
             norm_new = _norm(r_new)
-            plain = plain & (norm_new <= 0.5 * norm)
+            ratio = norm_new / torch.where(norm > 0, norm, 1)
+            steps = steps + plain
+            plain = plain & ((ratio < 0.1) | (norm_new * ratio**8 <= tol))
             x, r, norm = torch.where(plain, x + d, x), torch.where(plain, r_new, r), torch.where(plain, norm_new, norm)
-            steps = steps + active
             active = active & (norm > tol)
             plain = plain & active
             taken += 1
@@ -200,9 +203,9 @@ class GMRES(LinearSolver):
             if j:
                 images = Q[..., :j, :]
                 for _ in range(2):  # twice is enough
-                    c = images @ q.unsqueeze(-1)
-                    q = q - (images.mT @ c).squeeze(-1)
-                    R[..., :j, j] += c.squeeze(-1)
+                    c = q.unsqueeze(-2) @ images.mT
+                    q = q - (c @ images).squeeze(-2)
+                    R[..., :j, j] += c.squeeze(-2)
             h = _norm(q)
             # the space is exhausted: the map is singular on it (a lucky end has already met its tolerance)
             broken = broken | (active & (h <= noise * size))
@@ -223,4 +226,4 @@ class GMRES(LinearSolver):
             if self.check_every and used % self.check_every == 0 and not bool(active.any()):
                 break
         y = torch.linalg.solve_triangular(R[..., :used, :used], a[..., :used].unsqueeze(-1), upper=True)
-        return x + (U[..., :used, :].mT @ y).squeeze(-1), used, broken, steps
+        return x + (y.mT @ U[..., :used, :]).squeeze(-2), used, broken, steps

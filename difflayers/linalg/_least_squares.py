@@ -298,6 +298,7 @@ class LeastSquaresMap(torch.autograd.Function):
         ctx.present = [t is not None for t in data]
         ctx.factor_count = len(output) - 4
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no cotangent, no adjoint solve
         saved = (*output[:2], *output[4:], *(t for t in data if t is not None))
         ctx.save_for_backward(*saved)
         ctx.save_for_forward(*saved)

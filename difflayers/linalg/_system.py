@@ -254,6 +254,7 @@ class SystemSolve(torch.autograd.Function):
         ctx.system, ctx.transpose, _, _, _, *tensors = inputs
         ctx.listeners = current_listeners()
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # no cotangent, no adjoint solve
         ctx.save_for_backward(*output[:2], *tensors)
         ctx.save_for_forward(*output[:2], *tensors)
 

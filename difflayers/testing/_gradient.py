@@ -71,7 +71,7 @@ def check_gradient(
         loss: Makes one number of the model's output. None: a weighted sum over all floating-point tensors in it.
         directions: Random directions for each tensor; at least 1.
         step: Half the distance between the two points of a difference, relative to the size of the tensor (at least 1).
-        tolerance: Largest accepted difference, relative to the larger slope and to rounding in the loss.
+        tolerance: Largest accepted difference relative to the larger slope; what rounding in the loss explains is left out.
         seed: Seeds the directions, and the model's own random numbers before each evaluation.
         check: Raise if the gradient is wrong. False: only report.
 
@@ -133,8 +133,10 @@ def check_gradient(
             h = step * max(float(torch.linalg.vector_norm(t.detach())), 1.0)
             slope = float((g * d).sum())
             difference = _difference(t, d, h, evaluate)
-            relative = abs(slope - difference) / max(abs(slope), abs(difference), 100 * rounding, 1e-30)
-            row = (name, slope, difference, relative if relative == relative else float("inf"))
+            gap, size = abs(slope - difference), max(abs(slope), abs(difference))
+            # a difference carries the rounding of two losses, divided by the distance between them
+            relative = 0.0 if gap <= 100 * rounding else gap / size if gap == gap else float("inf")
+            row = (name, slope, difference, relative)
             worst = row if worst is None or row[3] > worst[3] else worst
         if worst is not None:
             rows.append(worst)

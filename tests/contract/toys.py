@@ -219,7 +219,7 @@ def coupled_stopping(x: Tensor, w: Tensor) -> Tensor:
 def leaking(x: Tensor, w: Tensor) -> Tensor:
     """NaN for the bad element alone, in the value; its zero cotangent times NaN reaches what is shared."""
     bad = torch.isnan(x).any(-1, keepdim=True)
-    return torch.where(bad, math.nan, product(x, w))
+    return torch.where(bad, math.nan, cardano(x, w))
 
 
 def unnamed(x: Tensor, w: Tensor) -> Tensor:

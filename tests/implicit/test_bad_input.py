@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from difflayers import SolveError, SolveWarning, Status
+from difflayers import SolveError, Status
 from difflayers.implicit import (
     LBFGS,
     Anderson,
@@ -61,7 +61,7 @@ def form(request):
     return FORMS[request.param]
 
 
-# ------------------------------------------------------------------------------------------------- values and shapes
+# ---------------------------------------------------------------------------------------------- values and shapes
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -204,7 +204,12 @@ def test_options_that_do_not_exist(form):
 
 @pytest.mark.parametrize(
     ("solve", "fn", "solver"),
-    [(root_find, cubic, LBFGS()), (root_find, cubic, Anderson()), (argmin, bowl, Picard()), (fixed_point, cosine, LBFGS())],
+    [
+        (root_find, cubic, LBFGS()),
+        (root_find, cubic, Anderson()),
+        (argmin, bowl, Picard()),
+        (fixed_point, cosine, LBFGS()),
+    ],
 )
 def test_a_solver_of_another_kind_is_refused(solve, fn, solver):
     with pytest.raises((ValueError, TypeError), match=r"solver.*expected.*got"):
@@ -222,7 +227,7 @@ def test_solver_options_out_of_range(solver, options):
         solver(**options)
 
 
-# ----------------------------------------------------------------------------------------------------------- captured
+# -------------------------------------------------------------------------------------------------------- captured
 
 GLOBAL = torch.tensor([0.5, 0.25], dtype=F64)
 
@@ -450,7 +455,7 @@ def test_a_function_that_passed_once_is_looked_at_again():
     captured_global(t(0.5, 0.25))
 
 
-# ------------------------------------------------------------------------------------------------------ batch-coupled
+# --------------------------------------------------------------------------------------------------- batch-coupled
 
 COUPLED = {
     "mean": lambda z, a: z - a - 0.1 * z.mean(0),
@@ -493,7 +498,7 @@ def test_coupled_objectives_are_refused(name):
         "mean": lambda z, a: ((z - a) ** 2).sum(-1) + z.mean(0).sum() * z[..., 0],
         "nonlinear": lambda z, a: ((z - a) ** 2).sum(-1) + 0.1 * torch.sin(z).sum(0).prod(),
     }[name]
-    with pytest.raises(ValueError, match="objective.*event_ndim"):
+    with pytest.raises(ValueError, match=r"objective.*event_ndim"):
         argmin(fn, torch.zeros(3, 2, dtype=F64), (torch.rand(3, 2, dtype=F64),))
 
 
@@ -550,7 +555,7 @@ def test_elements_that_only_look_coupled_are_allowed():
     root_find(lambda z, a: z * scale - a, torch.zeros(4, 3, dtype=F64), (a,))
 
 
-# ------------------------------------------------------------------------------------------------------- failed elements
+# ---------------------------------------------------------------------------------------------------- failed elements
 
 
 def linear(z, A, b):
@@ -628,7 +633,9 @@ def test_a_failed_element_is_nan_alone_and_the_others_are_bit_equal(name, native
         inner = fn
         fn = lambda z, a, w: inner(z, a, w[..., None])  # noqa: E731
     elif name in UNDIFFERENTIABLE:
-        pytest.skip("the derivative of the residual itself is NaN there: only arg_ndims can keep it out of shared gradients")
+        pytest.skip(
+            "the derivative of the residual itself is NaN there: only arg_ndims can keep it out of shared gradients"
+        )
     a = t(*values)[:, None]
     _run_case(name, solve, fn, a, kwargs, fill)
 
@@ -755,7 +762,7 @@ def test_nan_policy_under_transforms():
     torch.testing.assert_close(vmap(jacrev(jacrev(f)))(a), second, equal_nan=True)
 
 
-# ---------------------------------------------------------------------------------------- problems without a solution
+# ------------------------------------------------------------------------------------- problems without a solution
 
 
 @pytest.mark.parametrize("event_ndim", [0, 1])
@@ -829,7 +836,7 @@ def test_least_squares_without_a_minimiser_never_looks_converged():
     assert not bool(s.converged) or float(s.value) > 20  # the infimum is at infinity
 
 
-# -------------------------------------------------------------------------------------------- the adjoint alone fails
+# ----------------------------------------------------------------------------------------- the adjoint alone fails
 
 
 def tangent_point(z, a):
@@ -840,9 +847,17 @@ def tangent_point(z, a):
 def test_a_fixed_point_without_a_derivative_raises_in_backward():
     a = t(1.0, 2.0, 3.0).requires_grad_()
     init = torch.ones(3, dtype=F64)
-    update = lambda z, a: torch.stack([  # noqa: E731
-        z[..., 0] * 1.0, 0.5 * z[..., 1] + a[..., 1], torch.cos(z[..., 2] * a[..., 2]) / 3
-    ], -1)
+
+    def update(z, a):
+        return torch.stack(
+            [
+                z[..., 0] * 1.0,
+                0.5 * z[..., 1] + a[..., 1],
+                torch.cos(z[..., 2] * a[..., 2]) / 3,
+            ],
+            -1,
+        )
+
     z = fixed_point(update, init, (a,))
     with pytest.raises(SolveError, match="adjoint") as error:
         z.sum().backward()
@@ -881,13 +896,11 @@ def test_only_the_element_whose_adjoint_fails_is_nan(adjoint, native):
 
 
 def test_a_double_root_has_no_derivative():
-    """(z - a)^2 = 0 from the solution itself: the value is right, the derivative does not exist."""
+    """(z - a)^2 = 0 from the solution itself: the value is kept, the derivative does not exist."""
     a = t(1.0, 2.0).requires_grad_()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SolveWarning)
-        s = root_find_ex(lambda z, a: (z - a) ** 2, a.detach().clone(), (a,))
+    s = root_find_ex(lambda z, a: (z - a) ** 2, a.detach().clone(), (a,))
     torch.testing.assert_close(s.value.detach(), a.detach())
-    with pytest.raises(SolveError, match="adjoint"):
+    with pytest.raises(SolveError, match="SINGULAR"):
         root_find(lambda z, a: (z - a) ** 2, a.detach().clone(), (a,)).sum().backward()
 
 

@@ -4,13 +4,13 @@ No oracle here comes from the library: second-order partials are written by hand
 differentiated through plain Newton steps in torch, the linear equilibrium through numpy.
 """
 
-import itertools
 import math
 import warnings
 
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import difflayers
@@ -21,7 +21,9 @@ from difflayers.implicit import (
     Bisection,
     Implicit,
     LevenbergMarquardt,
+    Neumann,
     Newton,
+    OneStep,
     Picard,
     Unrolled,
     argmin,
@@ -42,7 +44,7 @@ def close(got, want, tol=1e-9):
     torch.testing.assert_close(got, torch.as_tensor(want, dtype=got.dtype), rtol=tol, atol=tol)
 
 
-# ------------------------------------------------------------------------------------------------- scalar closed forms
+# ---------------------------------------------------------------------------------------------- scalar closed forms
 
 
 def implicit_derivatives(Fz, Fzz, Ft, Fzt, Ftt):
@@ -105,7 +107,7 @@ CUBIC = {
         lambda y, a, c: c * y**4 / 4 + y**2 / 2 - a * y, torch.zeros_like(a), (a, c), event_ndim=0, solver=Newton()
     ),
     "least squares": lambda a, c: nonlinear_least_squares(
-        lambda y, a, c: (c * y**3 + y - a), torch.zeros_like(a).reshape(1), (a, c)
+        lambda y, a, c: c * y**3 + y - a, torch.zeros_like(a).reshape(1), (a, c)
     )[0],
 }
 COSINE = {
@@ -192,7 +194,7 @@ def test_batched_cubic_with_one_shared_coefficient_sums_its_gradient():
     close(gcc, sum(w[2][1][1] for w in want))
 
 
-# ------------------------------------------------------------------------------------ a 30-dimensional nonlinear system
+# --------------------------------------------------------------------------------- a 30-dimensional nonlinear system
 # grad_z of |z|^2/2 + 0.025 sum z^4 + 0.3 sum log cosh(W z) - b z, that is z + 0.1 z^3 + 0.3 W^T tanh(W z) - b
 
 
@@ -305,7 +307,7 @@ def test_least_squares_with_a_residual_left_over_uses_the_exact_curvature():
     close(jacfwd(jacrev(f))(y), jacrev(jacrev(unrolled))(y))
 
 
-# ------------------------------------------------------------------------------------------------ linear equilibrium
+# --------------------------------------------------------------------------------------------- linear equilibrium
 
 
 def random_map(kind, n, seed):
@@ -359,7 +361,7 @@ def test_linear_equilibrium_batched_with_shared_map():
     assert np.linalg.norm(b.grad.numpy() - vv.T) <= 1e-8 * np.linalg.norm(vv)
 
 
-# ------------------------------------------------------------------------------------------------- starved solvers
+# ---------------------------------------------------------------------------------------------- starved solvers
 
 
 def contraction(z, b):
@@ -395,11 +397,11 @@ STARVED = {
         solver=Bisection(max_steps=1),
     ),
     "CG": lambda b: linear_solve(
-        torch.diag(torch.tensor([1.0, 2.0], dtype=F64)) + 0.1, b + torch.tensor([0.0, 1.0]).to(b), solver=CG(max_steps=1)
+        torch.diag(torch.tensor([1.0, 2.0], dtype=F64)) + 0.1,
+        b + torch.tensor([0.0, 1.0]).to(b),
+        solver=CG(max_steps=1),
     ),
-    "GMRES": lambda b: linear_solve(
-        torch.tensor([[1.0, 2.0], [-1.0, 3.0]], dtype=F64), b, solver=GMRES(max_steps=1)
-    ),
+    "GMRES": lambda b: linear_solve(torch.tensor([[1.0, 2.0], [-1.0, 3.0]], dtype=F64), b, solver=GMRES(max_steps=1)),
 }
 
 
@@ -500,7 +502,7 @@ def test_ex_forms_stay_silent_when_starved(max_steps):
         run.value.sum().backward()  # differentiable all the same
 
 
-# --------------------------------------------------------------------------- every transform, every solver and adjoint
+# ------------------------------------------------------------------------ every transform, every solver and adjoint
 
 GRID = [
     ("root_find", Newton(), LU()),
@@ -522,7 +524,11 @@ def label(case):
     return "-".join(filter(None, names))
 
 
-@pytest.fixture(params=list(itertools.product(GRID, [None, (1, 2)])), ids=label)
+# batch-native once for every form
+CASES = [(case, None) for case in GRID] + [(GRID[i], (1, 2)) for i in (0, 4, 8)]
+
+
+@pytest.fixture(params=CASES, ids=label)
 def grid(request):
     (form, solver, linear_solver), arg_ndims = request.param
     return lambda b, W: SYSTEM[form](b, W, solver=solver, adjoint=Implicit(linear_solver), arg_ndims=arg_ndims)
@@ -555,7 +561,7 @@ def test_vmapped_hessian(grid):
     loss = lambda f: lambda b, W: f(b, W).pow(2).sum()  # noqa: E731
     want = torch.stack([torch.autograd.functional.hessian(lambda x: loss(reference)(x, W), x) for x in b])
     close(vmap(hessian(loss(grid)), in_dims=(0, None))(b, W), want, TOL)
-    want = torch.stack([torch.autograd.functional.hessian(lambda M: loss(reference)(x, M), W) for x in b])
+    want = torch.stack([torch.autograd.functional.hessian(lambda M: loss(reference)(x, M), W) for x in b])  # noqa: B023
     close(vmap(hessian(loss(grid), 1), in_dims=(0, None))(b, W), want, TOL)
 
 
@@ -601,7 +607,7 @@ def test_gradgradcheck_of_the_system(grid):
     torch.autograd.gradgradcheck(grid, (b, W), fast_mode=True)
 
 
-# ------------------------------------------------------------------------------------------------------------- memory
+# ---------------------------------------------------------------------------------------------------------- memory
 
 
 def saved_bytes(fn):
@@ -664,7 +670,7 @@ def test_saved_memory_of_the_other_solvers(solver):
     assert saved_bytes(lambda: run(3)) == saved_bytes(lambda: run(60))
 
 
-# ----------------------------------------------------------------------------------------------- unrolled against itself
+# -------------------------------------------------------------------------------------------- unrolled against itself
 
 
 def test_unrolled_equals_the_loop_written_by_hand():
@@ -687,3 +693,88 @@ def test_unrolled_equals_the_loop_written_by_hand():
         torch.autograd.grad(got.sin().sum(), (x, M)), torch.autograd.grad(z.sin().sum(), (x, M)), strict=True
     ):
         close(g, w, 1e-12)
+
+
+# ------------------------------------------------------------------------------------------- adjoints that are biased
+
+
+def test_one_step_and_neumann_are_the_sums_they_claim():
+    """On z = W z + b: OneStep gives c, Neumann(K, step=1) the first K terms of the series for (I - W^T)^-1 c."""
+    g = torch.Generator().manual_seed(6)
+    W = torch.randn(4, 4, generator=g, dtype=F64)
+    W = 0.6 * W / torch.linalg.matrix_norm(W, 2)
+    b, c = torch.randn(4, generator=g, dtype=F64), torch.randn(4, generator=g, dtype=F64)
+    z = torch.tensor(np.linalg.solve(np.eye(4) - W.numpy(), b.numpy()))
+
+    def gradients(adjoint):
+        x, M = b.clone().requires_grad_(), W.clone().requires_grad_()
+        value = fixed_point(lambda z, W, b: act(W, z) + b, torch.zeros(4, dtype=F64), (M, x), adjoint=adjoint)
+        return torch.autograd.grad((value * c).sum(), (x, M))
+
+    v = torch.zeros(4, dtype=F64)
+    for terms in range(1, 30):
+        v = c + W.T @ v  # the sum of the first `terms` powers
+        if terms in (1, 2, 5, 29):
+            for got, want in zip(gradients(Neumann(terms, step=1.0)), (v, torch.outer(v, z)), strict=True):
+                close(got, want)
+    for got, want in zip(gradients(OneStep()), (c, torch.outer(c, z)), strict=True):
+        close(got, want)
+    exact = torch.tensor(np.linalg.solve(np.eye(4) - W.numpy().T, c.numpy()))
+    close(gradients(Neumann(200))[0], exact, 1e-8)
+
+
+def test_a_diverging_neumann_series_warns():
+    b = torch.ones(2, dtype=F64, requires_grad=True)
+    W = torch.tensor([[0.0, 1.5], [-1.5, 0.0]], dtype=F64)
+    z = fixed_point(
+        lambda z, W, b: act(W, z) + b, torch.zeros(2, dtype=F64), (W, b), solver=Newton(), adjoint=Neumann(30, step=1.0)
+    )
+    with pytest.warns(SolveWarning):
+        z.sum().backward()
+
+
+def test_backward_twice_and_in_any_order():
+    b, W, weight, *_ = thirty()
+    x, M = b.clone().requires_grad_(), W.clone().requires_grad_()
+    z = root_find(system, torch.zeros_like(b), (x, M))
+    one = torch.autograd.grad((weight * z).sum(), x, retain_graph=True)[0]
+    two = torch.autograd.grad((weight * z).sum(), x, retain_graph=True)[0]
+    assert torch.equal(one, two)
+    (2 * (weight * z).sum()).backward()
+    assert torch.equal(x.grad, 2 * one) or torch.allclose(x.grad, 2 * one, rtol=1e-13, atol=0)
+    with pytest.raises(RuntimeError, match="second time"):
+        z.sum().backward()
+
+
+def test_an_argument_changed_in_place_is_noticed():
+    """torch's own rule: what backward needs must not be modified."""
+    a = torch.tensor([2.0, 10.0], dtype=F64)
+    x = (a.clone().requires_grad_()) * 1.0
+    y = root_find(lambda y, a: y**3 + y - a**2, torch.ones(2, dtype=F64), (x,))
+    x.mul_(3)
+    with pytest.raises(RuntimeError, match="inplace"):
+        y.sum().backward()
+
+
+def test_inference_mode_gives_the_same_values():
+    b, W, *_ = thirty()
+    for form in SYSTEM.values():
+        want = form(b, W)
+        with torch.inference_mode():
+            torch.testing.assert_close(form(b, W), want, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(form(b.clone(), W.clone()), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", SYSTEM)
+def test_inside_activation_checkpointing(form):
+    b, W, weight, *_ = thirty()
+    f = SYSTEM[form]
+    want = grad(lambda x: (weight * f(x, W)).sum())(b)
+    x = b.clone().requires_grad_()
+    torch.utils.checkpoint.checkpoint(lambda x: (weight * f(x, W)).sum(), x, use_reentrant=False).backward()
+    close(x.grad, want)
+    y = b.clone().requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        z = f(y, W)
+    (weight * z).sum().backward()
+    close(y.grad, want)

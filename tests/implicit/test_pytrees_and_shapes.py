@@ -44,7 +44,7 @@ def cubic_root(a, c=1.0):
     return 2 / k * torch.sinh(torch.asinh(1.5 * k * a) / 3)
 
 
-# --------------------------------------------------------------------------------------------------------- structures
+# ------------------------------------------------------------------------------------------------------ structures
 
 
 def coupled(z, a, b):
@@ -149,7 +149,7 @@ def test_what_is_no_number_in_args_is_named():
         root_find(lambda y, a, i: y - a[..., i], t(0.0), (t(1.0), torch.tensor([0])))
 
 
-# -------------------------------------------------------------------------------------------------- event and batch
+# ----------------------------------------------------------------------------------------------- event and batch
 
 
 @pytest.mark.parametrize("event", [(), (2,), (2, 3), (2, 1, 3)])
@@ -305,13 +305,14 @@ def test_init_carries_no_gradient(form, solver):
     z = solve(fn, init * 1.0, (a.requires_grad_(),), solver=solver).value
     assert torch.autograd.grad(z.sum(), init, allow_unused=True)[0] is None
     torch.testing.assert_close(
-        grad(lambda i: solve(fn, i, (a.detach(),), solver=solver).value.sum())(init.detach()), torch.zeros(2, 3, dtype=F64)
+        grad(lambda i: solve(fn, i, (a.detach(),), solver=solver).value.sum())(init.detach()),
+        torch.zeros(2, 3, dtype=F64),
     )
     J = jacfwd(lambda i: solve(fn, i, (a.detach(),), solver=solver).value)(init.detach())
     assert torch.equal(J, torch.zeros_like(J))
 
 
-# --------------------------------------------------------------------------------------------------------------- dtypes
+# ------------------------------------------------------------------------------------------------------------ dtypes
 
 
 @every

@@ -40,7 +40,7 @@ def halving(a, **kwargs):
     return fixed_point(lambda z, a: z / 2 + a, torch.zeros_like(a), (a,), event_ndim=0, solver=Picard(), **kwargs)
 
 
-# ------------------------------------------------------------------------------------------------------------- trace
+# ---------------------------------------------------------------------------------------------------------- trace
 
 
 def test_trace_records_forward_and_adjoint():
@@ -58,7 +58,7 @@ def test_trace_records_forward_and_adjoint():
         assert not s.residual.requires_grad
         assert (s.status == Status.CONVERGED).all()
     # the residual ||T(z) - z|| = a/2^k against 1e-10 ||T(z)|| = 1e-10 * 2a: about 32 steps
-    assert (30 <= solves[0].steps).all() and (solves[0].steps <= 35).all()
+    assert (solves[0].steps >= 30).all() and (solves[0].steps <= 35).all()
     assert (solves[0].residual <= 1e-10 * 2 * a.detach() * 1.01).all()
 
 
@@ -174,7 +174,7 @@ def test_krylov_adjoint_steps_are_recorded():
     assert 1 <= int(solves[1].steps) <= 6  # four distinct eigenvalues: four products
 
 
-# ------------------------------------------------------------------------------------------------ status per element
+# --------------------------------------------------------------------------------------------- status per element
 
 
 def test_picard_steps_are_those_of_each_element():
@@ -227,9 +227,7 @@ def test_checking_rarely_or_never_still_converges(solver, check_every):
     elif solver is LBFGS:
         s = argmin_ex(lambda z, a: z * z / 2 - torch.sin(z) / 2 - a * z, z, (a,), event_ndim=0, solver=options)
     elif solver is LevenbergMarquardt:
-        s = nonlinear_least_squares_ex(
-            lambda z, a: z - torch.cos(z) / 2 - a, z[:, None], (a[:, None],), solver=options
-        )
+        s = nonlinear_least_squares_ex(lambda z, a: z - torch.cos(z) / 2 - a, z[:, None], (a[:, None],), solver=options)
     else:
         s = root_find_ex(lambda z, a: z - torch.cos(z) / 2 - a, z, (a,), event_ndim=0, solver=options)
     assert s.status.tolist() == [0, 0, 0]
@@ -283,7 +281,7 @@ def test_residual_is_that_of_the_returned_value():
         torch.testing.assert_close(s.residual, actual, rtol=1e-5, atol=1e-14)
 
 
-# ---------------------------------------------------------------------------------------------------- the `_ex` forms
+# ------------------------------------------------------------------------------------------------- the `_ex` forms
 
 Pair = namedtuple("Pair", "x y")
 
@@ -389,3 +387,18 @@ def test_argmin_status_of_unbounded():
     assert (s.status == Status.UNBOUNDED).all()
     with pytest.raises(SolveError, match="UNBOUNDED"):
         argmin(lambda z, a: (a * z).sum(-1), torch.zeros(2, 1, dtype=F64), (torch.ones(2, 1, dtype=F64),))
+
+
+@pytest.mark.parametrize("scale", [1e-100, 1e-20, 1e20, 1e100])
+def test_scale_does_not_change_the_status(scale):
+    """No absolute threshold decides what has converged, diverged or is unbounded."""
+    a, zero = t(1.0, 2.0) * scale, torch.zeros(2, dtype=F64)
+    for s, factor in (
+        (root_find_ex(lambda z, a: 3 * z - a, zero, (a,)), 1 / 3),
+        (fixed_point_ex(lambda z, a: z / 2 + a, zero, (a,)), 2.0),
+        (fixed_point_ex(lambda z, a: z / 2 + a, zero, (a,), solver=Picard()), 2.0),
+        (argmin_ex(lambda z, a: (z * z / 2 - a * z).sum(-1), zero, (a,)), 1.0),
+        (nonlinear_least_squares_ex(lambda z, a: 3 * z - a, zero, (a,)), 1 / 3),
+    ):
+        assert s.status.item() == Status.CONVERGED
+        torch.testing.assert_close(s.value, factor * a, rtol=1e-9, atol=0)

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
-from difflayers._solution import SolveError, SolveWarning
+from difflayers._solution import Solution, SolveError, SolveWarning
 from difflayers.implicit import (
     Anderson,
+    FixedPoint,
     Implicit,
     Neumann,
     Newton,
@@ -123,7 +125,13 @@ FIXED_POINTS = (
     ),
     _fixed("fixed_point Neumann", affine, CONTRACTION, Picard(), None, options={"adjoint": Neumann(80, step=1.0)}),
     _fixed(
-        "fixed_point unrolled", affine, CONTRACTION, Picard(), None, options={"adjoint": Unrolled(80)}, exempt=UNROLLED
+        "fixed_point unrolled",
+        affine,
+        CONTRACTION,
+        Picard(rtol=1e-15),
+        None,
+        options={"adjoint": Unrolled(80)},
+        exempt=UNROLLED,
     ),
     _fixed(
         "fixed_point OneStep",
@@ -158,3 +166,81 @@ def _picard(update: Callable[..., Tensor], x: Tensor, W: Tensor) -> Tensor:
 
 def _drift(z: Tensor, x: Tensor) -> Tensor:
     return z + 1e-3 + 0 * x
+
+
+# -------------------------------------------------------------------------------------------------------- the module
+
+
+class Cell(nn.Module):
+    """The update of :func:`deq` with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3, dtype=torch.float64, device="cpu")
+        with torch.no_grad():
+            self.linear.weight.copy_(CONTRACTION)
+            self.linear.bias.copy_(normal(16, 3))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        """One application."""
+        return torch.tanh(self.linear(z) + x)
+
+
+def make_layer(**options: Any) -> FixedPoint:
+    """A deep-equilibrium layer with fixed numbers."""
+    return FixedPoint(Cell(), **options)
+
+
+class _Ex(nn.Module):
+    """Lets ``functional_call`` reach ``forward_ex``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.layer = make_layer(**options)
+
+    def forward(self, x: Tensor) -> Solution[Tensor]:
+        """The unchecked solution."""
+        return self.layer.forward_ex(x)
+
+
+def _called_ex(**options: Any) -> Callable[..., Solution[Tensor]]:
+    layer = _Ex(**options)
+
+    def fn(x: Tensor, weight: Tensor, bias: Tensor) -> Solution[Tensor]:
+        return functional_call(layer, {"layer.module.linear.weight": weight, "layer.module.linear.bias": bias}, (x,))
+
+    return fn
+
+
+def _called(**options: Any) -> Callable[..., Tensor]:
+    layer = make_layer(**options)
+
+    def fn(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional_call(layer, {"module.linear.weight": weight, "module.linear.bias": bias}, (x,))
+
+    return fn
+
+
+def _cell(z: Tensor, x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    return torch.tanh(act(W, z) + b + x)
+
+
+MODULES = (
+    LayerCase(
+        "FixedPoint",
+        _called(),
+        (X, CONTRACTION, normal(16, 3)),
+        per_element(fsolve(_minus(_cell), 3), (1, 2, 1)),
+        (_minus(_cell),),
+        (1, 2, 1),
+        source="S. Bai, J. Z. Kolter, V. Koltun, Deep Equilibrium Models, 2019",
+        representative=True,
+        unrolled=unrolled_newton(_minus(_cell), 3, (1, 2, 1)),
+        tolerant=_called(on_failure="nan"),
+        starved=_called(solver=Anderson(max_steps=1)),
+        solution=_called_ex(),
+        starved_solution=_called_ex(solver=Anderson(max_steps=1)),
+        make_module=make_layer,
+        module_inputs=(X,),
+    ),
+)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difflayers._solution import SolveError
+from difflayers._solution import SolveError, SolveWarning
 from difflayers.implicit import Bisection, Implicit, Neumann, Newton, Unrolled, root_find, root_find_ex
 from difflayers.linalg import GMRES
 from difflayers.testing._case import Hostile, LayerCase
@@ -92,6 +92,10 @@ def _dependent(z: Tensor, b: Tensor) -> Tensor:
     return torch.cat([total, 2 * total, 3 * total], -1)
 
 
+def _rootless(b: Tensor, W: Tensor) -> Tensor:
+    return root_find(_no_root, b, (b, W))
+
+
 def _no_root(z: Tensor, b: Tensor, W: Tensor) -> Tensor:
     return z.square() + 1 + 0 * (b + act(W, z))
 
@@ -110,7 +114,13 @@ ROOTS = (
             Hostile("tiny", (1e-80 * B, W)),
             Hostile("zero", (0 * B, W)),
             Hostile("zero parameters", (B, 0 * W)),
-            Hostile("no root", (B, W), SolveError, "DIVERGED", lambda b, W: root_find(_no_root, b, (b, W))),
+            Hostile(
+                "no root",
+                (B, W),
+                (SolveError, SolveWarning),
+                "root_find .forward",
+                lambda b, W: root_find(_no_root, b, (b, W)),
+            ),
             Hostile("dependent equations", (B, W), SolveError, "SINGULAR", lambda b, W: root_find(_dependent, b, (b,))),
         ),
     ),

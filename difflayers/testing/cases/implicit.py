@@ -11,7 +11,7 @@ from torch import Tensor
 from difflayers.testing._case import Hostile, LayerCase, Wrong
 
 from ._common import normal, numbers, per_element
-from ._fixed_points import FIXED_POINTS
+from ._fixed_points import FIXED_POINTS, MODULES
 from ._minima import FITS, MINIMA
 from ._roots import ROOTS
 from ._transport_plan import transport_plan, transport_plan_ex
@@ -75,4 +75,4 @@ PLANS = (
     ),
 )
 
-CASES: tuple[LayerCase, ...] = (*ROOTS, *FIXED_POINTS, *MINIMA, *FITS, *PLANS)
+CASES: tuple[LayerCase, ...] = (*ROOTS, *FIXED_POINTS, *MODULES, *MINIMA, *FITS, *PLANS)

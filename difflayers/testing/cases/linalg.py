@@ -132,12 +132,14 @@ SEMIDEFINITE = Hostile(
 )
 
 GENERAL = (*SCALES, *NONSYMMETRIC, DEPENDENT, ZERO)
+# the residual of such rows cannot reach the tolerance in float64: products round it away, and the solver says so
+KRYLOV = tuple(h._replace(may_fail=h.may_fail or h.name.startswith("rows of very")) for h in GENERAL)
 DEFINITE = (*SCALES, ZERO, NOT_POSITIVE, SEMIDEFINITE)
 
 _LU = _case("linear_solve LU", SQUARE, VECTORS, LU(), hostile=GENERAL, representative=True)
 _CHOLESKY = _case("linear_solve Cholesky", POSITIVE, VECTORS, Cholesky(), hostile=DEFINITE)
 _CG = _case("linear_solve CG", POSITIVE, VECTORS, CG(), CG(max_steps=1), hostile=DEFINITE)
-_GMRES = _case("linear_solve GMRES", SQUARE, VECTORS, GMRES(), GMRES(max_steps=1), hostile=GENERAL)
+_GMRES = _case("linear_solve GMRES", SQUARE, VECTORS, GMRES(), GMRES(max_steps=1), hostile=KRYLOV)
 
 # finite differences and the twin move one entry of a matrix; the symmetric part is what these layers see
 _SYMMETRIC: dict[str, Any] = {"unrolled": lambda A, b: torch.linalg.solve((A + A.mT) / 2, b.unsqueeze(-1)).squeeze(-1)}
