@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/convergent_graph_solver"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # small graphs: threads would only wait for each other
     start = time.perf_counter()
     losses, measures, points = run(options.steps)
     draw(losses, points, options.out / "value_iteration.png")

@@ -238,8 +238,8 @@ class SolutionMap(torch.autograd.Function):
     @staticmethod
     def unpack(
         ctx: Any, read: Callable[[Any], Any] = alive
-    ) -> tuple[Tensor, Tensor | None, Sequence[Tensor], Sequence[Tensor]]:
-        """Value, failed elements (None unless the policy masks them), factors, arguments: all harmless."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Sequence[Tensor], Sequence[Tensor]]:
+        """Value, (failed elements, their output) unless the policy masks none, factors, arguments: all harmless."""
         value, status, *rest = map(read, ctx.saved_tensors)
         task: Task = ctx.task
         factors, args = rest[: task.own_factors], rest[task.own_factors :]
@@ -248,21 +248,22 @@ class SolutionMap(torch.autograd.Function):
         ndims = task.problem.arg_ndims
         failed = status > 1
         if ndims is None:
-            (value,) = harmless([value], (task.problem.value_ndim,), failed)
-            return value, failed, factors, harmless(args, None, failed)
-        value, *args = harmless([value, *args], (task.problem.value_ndim, *ndims), failed)
-        return value, failed, factors, args
+            (clean,) = harmless([value], (task.problem.value_ndim,), failed)
+            return clean, (failed, value), factors, harmless(args, None, failed)
+        clean, *args = harmless([value, *args], (task.problem.value_ndim, *ndims), failed)
+        return clean, (failed, value), factors, args
 
     @staticmethod
     def linear_solve(
-        ctx: Any, transpose: bool, g: Tensor, value: Tensor, failed: Any, factors: Any, args: Any, forward: bool = False
+        ctx: Any, transpose: bool, g: Tensor, value: Tensor, masked: Any, factors: Any, args: Any
     ) -> Tensor:
         """``A^-1 g`` or ``A^-T g``, failed elements exactly zero unless somebody asks for them."""
         if g.numel() == 0:
             return g.clone()
         task: Task = ctx.task
         system = task.system(value)
-        rhs = task.to_vector(g if failed is None else torch.where(expand_mask(failed, task.problem.value_ndim), 0, g))
+        k = task.problem.value_ndim
+        rhs = task.to_vector(g if masked is None else torch.where(expand_mask(masked[0], k), 0, g))
         if task.problem.linear_solve is None and system.factor_ndims:
             factors = ctx.factors
             if factors is None:
@@ -270,27 +271,26 @@ class SolutionMap(torch.autograd.Function):
                 if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, factors)):
                     ctx.factors = factors  # a second backward through this node solves with the same factorisation
         w = SystemSolve.apply(system, transpose, "adjoint", None, rhs, *factors, value, *args)[0].reshape(g.shape)
-        output = (primal if forward else alive)(ctx.saved_tensors[0])
-        return w if failed is None else mask_failed(w, g, failed, output, task.problem.value_ndim)
+        return w if masked is None else mask_failed(w, g, *masked, k)
 
     @staticmethod
     @batched_backward
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-        value, failed, factors, args = SolutionMap.unpack(ctx)
+        value, masked, factors, args = SolutionMap.unpack(ctx)
         with listening(ctx.listeners), autocast_off(value):
-            v = SolutionMap.linear_solve(ctx, True, g, value, failed, factors, args)
+            v = SolutionMap.linear_solve(ctx, True, g, value, masked, factors, args)
             wanted = [n and a.is_floating_point() for n, a in zip(ctx.needs_input_grad[2:], args, strict=True)]
             grads = vjp_where(lambda *a: ctx.task.problem.residual(value, *a), args, wanted, -v)
         return (None, None, *grads)
 
     @staticmethod
     def jvp(ctx: Any, _task: Any, _init: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
-        with forward_mode(), listening(ctx.listeners), autocast_off(ctx.saved_tensors[0]):
-            value, failed, factors, args = SolutionMap.unpack(ctx, primal)
+        with forward_mode(), listening(ctx.listeners), autocast_off(next(t for t in tangents if t is not None)):
+            value, masked, factors, args = SolutionMap.unpack(ctx, primal)
             moved = jvp_where(lambda *a: ctx.task.problem.residual(value, *a), args, [primal(t) for t in tangents])
             if moved is None:
                 moved = torch.zeros_like(value)
-            value_t = SolutionMap.linear_solve(ctx, False, -moved, value, failed, factors, args, forward=True)
+            value_t = SolutionMap.linear_solve(ctx, False, -moved, value, masked, factors, args)
         return (value_t, *([None] * (3 + ctx.task.own_factors)))
 
     @staticmethod

@@ -15,8 +15,6 @@ from difflayers.linalg._autodiff import pullback
 from ._iterate import Function, IterativeSolver, Step, iterate, size
 from ._newton import polish
 
-_LONGEST = 1e15  # a step this long, relative to the point, that still goes down: there is no bottom
-
 
 class _State(NamedTuple):
     f: Tensor
@@ -87,7 +85,9 @@ class LBFGS(IterativeSolver):
         accept = decrease & (slope_trial >= 0.9 * slope)
         upper = torch.where(decrease, s.upper, s.t)
         lower = torch.where(decrease & ~accept, s.t, s.lower)
-        retry = torch.where(torch.isinf(upper), 2 * s.t, (lower + upper) / 2)
+        # while it goes down without an end, ever faster: an objective without a bottom reaches minus infinity in time
+        longer = s.t * torch.where(s.lower > 0, 10.0, 2.0).to(z.dtype)
+        retry = torch.where(torch.isinf(upper), longer, (lower + upper) / 2)
 
         pair_s, pair_y = s.t.unsqueeze(-1) * s.p, g - s.g
         product = (pair_s * pair_y).sum(-1)
@@ -105,8 +105,9 @@ class LBFGS(IterativeSolver):
         largest = torch.maximum(s.largest, size(g_next.detach()))
         scale = torch.maximum(largest, stiffness * size(z_next.detach()))
         stuck = ~accept & (trial == z).all(-1)
-        length = s.t * size(s.p.detach())
-        unbounded = torch.isneginf(f) | (~accept & decrease & (length > _LONGEST * size(z.detach()).clamp_min(1.0)))
+        # down all the way to where numbers end
+        far = s.t * size(s.p.detach()) > torch.finfo(z.dtype).max ** 0.4
+        unbounded = torch.isneginf(f) | (torch.isnan(f) & torch.isinf(s.upper) & far)
         status = torch.where(stuck, int(Status.MAX_STEPS), torch.where(unbounded, int(Status.UNBOUNDED), 0))
         new = _State(
             f_next, g_next, p,

@@ -146,17 +146,22 @@ class GMRES(LinearSolver):
         taken = 0
         # Plain corrections first: where the map is close to the identity (the adjoint of a strong contraction) nothing
         # is cheaper. An element stays while it may be expected to finish this way soon.
-        plain = active
-        while taken < min(self.max_steps, _PLAIN) and not self._done(plain, taken):
+        plain, some = active, True
+        while taken < min(self.max_steps, _PLAIN) and some:
             d = precondition(params, r)
             r_new = r - product(d)
             norm_new = _norm(r_new)
             ratio = norm_new / torch.where(norm > 0, norm, 1)
             steps = steps + plain
-            plain = plain & ((ratio < 0.1) | (norm_new * ratio**8 <= tol))
-            x, r, norm = torch.where(plain, x + d, x), torch.where(plain, r_new, r), torch.where(plain, norm_new, norm)
+            stay = plain & ((ratio < 0.1) | (norm_new * ratio**8 <= tol))
+            plain = stay & (norm_new > tol)
+            # one read-back: whether anyone goes on, and whether everyone took the correction (then nothing is masked)
+            some, everyone = torch.stack([plain.any(), stay.all()]).tolist() if self.check_every else (True, False)
+            if everyone:
+                x, r, norm = x + d, r_new, norm_new
+            else:
+                x, r, norm = torch.where(stay, x + d, x), torch.where(stay, r_new, r), torch.where(stay, norm_new, norm)
             active = active & (norm > tol)
-            plain = plain & active
             taken += 1
         broken = torch.zeros_like(active)
         while taken < self.max_steps and not self._done(active, taken):

@@ -304,13 +304,16 @@ class LeastSquaresMap(torch.autograd.Function):
         ctx.save_for_forward(*saved)
 
     @staticmethod
-    def unpack(ctx: Any, read: Any = alive) -> tuple[Tensor, Tensor | None, Params, Data, KKTSystem, Params]:
-        """Solution, failed elements, factors, data, and the system of the derivative: all harmless."""
+    def unpack(
+        ctx: Any, read: Any = alive
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, Params, Data, KKTSystem, Params]:
+        """Solution, (failed elements, their output), factors, data, the derivative's system: all harmless."""
         x, status, *rest = map(read, ctx.saved_tensors)
         factors, tensors = tuple(rest[: ctx.factor_count]), rest[ctx.factor_count :]
-        failed = None
+        masked = None
         if ctx.on_failure == "nan":
             failed = status > Status.MAX_STEPS
+            masked = (failed, x)
             ndims = [k for k, here in zip(NDIMS, ctx.present, strict=True) if here]
             x, *tensors = harmless([x, *tensors], (1, *ndims), failed)
         queue = iter(tensors)
@@ -328,19 +331,19 @@ class LeastSquaresMap(torch.autograd.Function):
             ridged=lam is not None,
             rows=0 if C is None else C.shape[-2],
         )
-        return x, failed, factors, data, system, params
+        return x, masked, factors, data, system, params
 
     @staticmethod
     @batched_backward
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, failed, factors, data, system, params = LeastSquaresMap.unpack(ctx)
+        x, masked, factors, data, system, params = LeastSquaresMap.unpack(ctx)
         A, y, s, lam, w0, C, _ = data
         wanted = dict(zip(NAMES, ctx.needs_input_grad[1:], strict=True))
         with listening(ctx.listeners), autocast_off(x):
-            rhs = g if failed is None else torch.where(expand_mask(failed, 1), 0, g)
+            rhs = g if masked is None else torch.where(expand_mask(masked[0], 1), 0, g)
             v = SystemSolve.apply(system, True, "adjoint", None, rhs, *factors, *params)[0]
-            if failed is not None:
-                v = mask_failed(v, g, failed, alive(ctx.saved_tensors[0]), 1)
+            if masked is not None:
+                v = mask_failed(v, g, *masked, 1)
             K = A.shape[-1]
             w, nu, z, mu = x[..., :K], x[..., K:], v[..., :K], v[..., K:]
             Az = _times(A, z)
@@ -363,14 +366,14 @@ class LeastSquaresMap(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
-        with forward_mode(), listening(ctx.listeners), autocast_off(ctx.saved_tensors[0]):
-            x, failed, factors, data, system, params = LeastSquaresMap.unpack(ctx, primal)
+        with forward_mode(), listening(ctx.listeners), autocast_off(next(t for t in tangents if t is not None)):
+            x, masked, factors, data, system, params = LeastSquaresMap.unpack(ctx, primal)
             moved = jvp_where(lambda *data: stationarity(x, *data), data, [primal(t) for t in tangents])  # type: ignore[arg-type]
             rhs = torch.zeros_like(x) if moved is None else -moved.expand_as(x)
-            clean = rhs if failed is None else torch.where(expand_mask(failed, 1), 0, rhs)
+            clean = rhs if masked is None else torch.where(expand_mask(masked[0], 1), 0, rhs)
             x_t = SystemSolve.apply(system, False, "adjoint", None, clean, *factors, *params)[0]
-            if failed is not None:
-                x_t = mask_failed(x_t, rhs, failed, primal(ctx.saved_tensors[0]), 1)
+            if masked is not None:
+                x_t = mask_failed(x_t, rhs, *masked, 1)
         return (x_t, *([None] * (3 + len(factors))))
 
     @staticmethod

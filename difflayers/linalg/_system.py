@@ -261,8 +261,8 @@ class SystemSolve(torch.autograd.Function):
     @staticmethod
     def unpack(
         ctx: Any, read: Callable[[Any], Any] = alive
-    ) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
-        """Solution, failed elements (None unless the policy masks them), factors, parameters: all harmless."""
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None, list[Tensor], list[Tensor]]:
+        """Solution, (failed elements, their output) unless none is masked, factors, parameters: all harmless."""
         x, status, *tensors = map(read, ctx.saved_tensors)
         system = ctx.system
         k = len(system.factor_ndims)
@@ -270,19 +270,19 @@ class SystemSolve(torch.autograd.Function):
         if system.on_failure != "nan":
             return x, None, factors, params
         failed = status > 1
-        x = torch.where(expand_mask(failed, system.vector_ndim), 0, x)
-        return x, failed, factors, harmless(params, system.param_ndims, failed)
+        clean = torch.where(expand_mask(failed, system.vector_ndim), 0, x)
+        return clean, (failed, x), factors, harmless(params, system.param_ndims, failed)
 
     @staticmethod
     @batched_backward
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
         system, transpose = ctx.system, ctx.transpose
-        x, failed, factors, params = SystemSolve.unpack(ctx)
-        clean = g if failed is None else torch.where(expand_mask(failed, system.vector_ndim), 0, g)
+        x, masked, factors, params = SystemSolve.unpack(ctx)
+        clean = g if masked is None else torch.where(expand_mask(masked[0], system.vector_ndim), 0, g)
         with listening(ctx.listeners), autocast_off(x):
             w = SystemSolve.apply(system, not transpose, "adjoint", None, clean, *factors, *params)[0]
-            if failed is not None:
-                w = mask_failed(w, g, failed, alive(ctx.saved_tensors[0]), system.vector_ndim)
+            if masked is not None:
+                w = mask_failed(w, g, *masked, system.vector_ndim)
             wanted = [
                 n and p.is_floating_point() for n, p in zip(ctx.needs_input_grad[-len(params) :], params, strict=True)
             ]
@@ -292,17 +292,21 @@ class SystemSolve(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _s: Any, _t: Any, _p: Any, _i: Any, rhs_t: Tensor | None, *tangents: Any) -> Any:
         system, transpose = ctx.system, ctx.transpose
-        with forward_mode(), listening(ctx.listeners), autocast_off(ctx.saved_tensors[0]):
-            x, failed, factors, params = SystemSolve.unpack(ctx, primal)
+        with (
+            forward_mode(),
+            listening(ctx.listeners),
+            autocast_off(next(t for t in (rhs_t, *tangents) if t is not None)),
+        ):
+            x, masked, factors, params = SystemSolve.unpack(ctx, primal)
             rhs_t, *tangents = (primal(t) for t in (rhs_t, *tangents))  # type: ignore[assignment]
             moved = jvp_where(lambda *p: system.apply(p, x, transpose), params, tangents[len(factors) :])
             rhs = rhs_t if moved is None else -moved if rhs_t is None else rhs_t - moved
             assert rhs is not None  # torch calls jvp only where some tangent exists
             rhs = rhs.expand_as(x)
-            clean = rhs if failed is None else torch.where(expand_mask(failed, system.vector_ndim), 0, rhs)
+            clean = rhs if masked is None else torch.where(expand_mask(masked[0], system.vector_ndim), 0, rhs)
             x_t = SystemSolve.apply(system, transpose, "adjoint", None, clean, *factors, *params)[0]
-            if failed is not None:
-                x_t = mask_failed(x_t, rhs, failed, primal(ctx.saved_tensors[0]), system.vector_ndim)
+            if masked is not None:
+                x_t = mask_failed(x_t, rhs, *masked, system.vector_ndim)
         return (x_t, None, None, None)
 
     @staticmethod

@@ -71,7 +71,7 @@ def check_gradient(
         loss: Makes one number of the model's output. None: a weighted sum over all floating-point tensors in it.
         directions: Random directions for each tensor; at least 1.
         step: Half the distance between the two points of a difference, relative to the size of the tensor (at least 1).
-        tolerance: Largest accepted difference relative to the larger slope; what rounding in the loss explains is left out.
+        tolerance: Largest accepted difference relative to the larger slope, beyond what rounding in the loss explains.
         seed: Seeds the directions, and the model's own random numbers before each evaluation.
         check: Raise if the gradient is wrong. False: only report.
 

@@ -208,16 +208,22 @@ def wrong_dtype_is_refused(case: LayerCase, device: torch.device) -> None:
     for i, name in enumerate(case.names):
         if name is None:
             continue
-        changes = {"integers": inputs[i].round().long(), "float32 among float64": inputs[i].float()}
-        if len(inputs) == 1:
-            changes.pop("float32 among float64")
+        changes = {"integers": inputs[i].round().long()}
+        if len(inputs) > 1:
+            changes |= {"float32 among float64": inputs[i].float(), "another device": inputs[i].to("meta")}
         for what, changed in changes.items():
             try:
                 case.fn(*inputs[:i], changed, *inputs[i + 1 :])
             except ValueError as error:
                 named = [name] if what == "integers" else [*known, "init"]
-                assert any(re.search(rf"(?<!\w){re.escape(n)}", str(error)) for n in named), (
+                patterns = [": expected device"] if what == "another device" else map(_argument, named)
+                assert any(re.search(p, str(error)) for p in patterns), (
                     f"{what} in {name}: expected a message that names it, got {error}"
                 )
             else:
                 raise AssertionError(f"{what} in {name}: expected a ValueError, got a value")
+
+
+def _argument(name: str) -> str:
+    """A pattern for the name of an argument as a word of its own."""
+    return rf"(?<!\w){re.escape(name)}"
