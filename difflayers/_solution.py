@@ -1,7 +1,8 @@
 """What a solve returns, how it fails, and how to watch it: the vocabulary shared by every layer.
 
 Every solver of the library reports one :class:`Info` per call, with one number per batch element. :func:`settle` is the
-only place that turns such a report into an exception, a warning or NaN, so the failure policy reads the same everywhere.
+only place that turns such a report into an exception, a warning or NaN, so the failure policy reads the same
+everywhere.
 """
 
 from __future__ import annotations

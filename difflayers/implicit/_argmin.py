@@ -44,14 +44,14 @@ def argmin(
     r"""Minimises :math:`f(z, \theta)` over z and differentiates the minimiser by the implicit function theorem.
 
     Args:
-        objective: ``fn(z, *args)`` with one number per batch element, twice differentiable; each batch element alone. Whatever needs a
-            gradient comes in through `args`: a captured parameter is refused.
+        objective: ``fn(z, *args)`` with one number per batch element, twice differentiable; each batch element alone.
+            Whatever needs a gradient comes in through `args`: a captured parameter is refused.
         init: Tensor or pytree of tensors ``(*batch, event...)`` the solver starts from; carries no gradient.
         args: Tuple of pytrees of tensors.
         event_ndim: Trailing dimensions of `init` that form one unknown; 0 for one scalar per element.
         arg_ndims: Trailing dimensions of each argument that belong to one batch element. When given, batch dimensions
-            of `init` and `args` broadcast, `objective` must broadcast over leading dimensions, ``vmap`` moves dimensions
-            instead of vmapping the code, and a failed element is fully separated from the others.
+            of `init` and `args` broadcast, `objective` must broadcast over leading dimensions, ``vmap`` moves
+            dimensions instead of vmapping the code, and a failed element is fully separated from the others.
         solver: ``LBFGS()``, or a root solver, ``Newton()``, applied to the gradient (it also accepts saddles).
         adjoint: ``Implicit()``, ``Neumann(terms)`` or ``Unrolled(max_steps)``.
         on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone) or ``"ignore"``.
@@ -76,8 +76,8 @@ def argmin(
         >>> torch.autograd.grad(z.sum(), ridge)
         (tensor(-1., dtype=torch.float64),)
 
-    Source: the implicit function theorem at a stationary point; S. Gould et al., On differentiating parameterized argmin
-    and argmax problems with application to bi-level optimization, 2016.
+    Source: the implicit function theorem at a stationary point; S. Gould et al., On differentiating parameterized
+    argmin and argmax problems with application to bi-level optimization, 2016.
     """
     return solve_inner(
         ARGMIN,

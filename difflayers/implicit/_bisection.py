@@ -20,8 +20,8 @@ _DOUBLINGS = 40  # a bracket of 2**40 times the first width covers 12 orders of 
 class Bisection(IterativeSolver):
     """Halves a bracket that contains a sign change: slow, and it cannot diverge. For events of one number.
 
-    Stops when the bracket is shorter than ``atol + rtol |z|``. An element without a sign change in its bracket ends with
-    ``INFEASIBLE``.
+    Stops when the bracket is shorter than ``atol + rtol |z|``. An element without a sign change in its bracket ends
+    with ``INFEASIBLE``.
 
     Args:
         lower: Lower end for every element. None: searched downwards from `init` in doubling steps.

@@ -1,7 +1,7 @@
 r"""The engine: the solution of an inner problem as a differentiable function of its arguments.
 
-A layer says when a value solves it, :math:`F(z^*, \theta) = 0`, and brings any algorithm that finds one. By the implicit
-function theorem, with :math:`A = \partial F / \partial z` at the solution,
+A layer says when a value solves it, :math:`F(z^*, \theta) = 0`, and brings any algorithm that finds one. By the
+implicit function theorem, with :math:`A = \partial F / \partial z` at the solution,
 
 .. math:: \bar\theta = -\Big(\frac{\partial F}{\partial \theta}\Big)^T v, \qquad A^T v = \bar z .
 
@@ -70,8 +70,8 @@ class ImplicitProblem:
         factor_ndims: The same for every factor.
         adjoint: ``Implicit``, ``Neumann`` or ``OneStep``; used where `linear_solve` is None.
         symmetric: The Jacobian is a Hessian.
-        jacobian_product: ``(value, args, v, transpose) -> A v``, differentiable, to replace the Jacobian of the residual
-            by an approximation of it. None: the exact Jacobian.
+        jacobian_product: ``(value, args, v, transpose) -> A v``, differentiable, to replace the Jacobian of the
+            residual by an approximation of it. None: the exact Jacobian.
         name: The layer, in messages and traces.
         arg_names: Names of the arguments in messages.
     """
@@ -271,7 +271,7 @@ class SolutionMap(torch.autograd.Function):
                 if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, factors)):
                     ctx.factors = factors  # a second backward through this node solves with the same factorisation
         w = SystemSolve.apply(system, transpose, "adjoint", None, rhs, *factors, value, *args)[0].reshape(g.shape)
-        return w if masked is None else mask_failed(w, g, *masked, k)
+        return w if masked is None else mask_failed(w, g, masked[0], masked[1], k)
 
     @staticmethod
     @batched_backward

@@ -1,7 +1,7 @@
 r"""The value of an inner problem, :math:`\varphi(\theta) = \min_z f(z, \theta)`, by the envelope theorem.
 
-At a minimiser :math:`\nabla_z f = 0`, so :math:`\nabla\varphi = \partial_\theta f(z^*, \theta)` at fixed :math:`z^*`: no linear
-solve. The second derivative does see the minimiser move, and gets that from the map that made it.
+At a minimiser :math:`\nabla_z f = 0`, so :math:`\nabla\varphi = \partial_\theta f(z^*, \theta)` at fixed :math:`z^*`:
+no linear solve. The second derivative does see the minimiser move, and gets that from the map that made it.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def envelope(objective: Callable[..., Tensor], value: Any, args: Sequence[Any]) 
     Raises:
         ValueError: For a value or argument that is not a tensor, or an objective that captures a differentiated tensor.
 
-    Differentiable in `args`: first order without a linear solve; second order through the layer that made `value`. Wrong,
-    without a possible check, where `value` is not stationary: differentiate the objective itself there.
+    Differentiable in `args`: first order without a linear solve; second order through the layer that made `value`.
+    Wrong, without a possible check, where `value` is not stationary: differentiate the objective itself there.
 
     Example:
         >>> import torch
@@ -97,11 +97,12 @@ def envelope(objective: Callable[..., Tensor], value: Any, args: Sequence[Any]) 
         >>> torch.autograd.grad(phi, a)  # phi = ||a||^2 / 4
         (tensor([1., 2.], dtype=torch.float64),)
 
-    Source: J. M. Danskin, The theory of max-min, 1967; P. Milgrom, I. Segal, Envelope theorems for arbitrary choice sets,
-    2002.
+    Source: J. M. Danskin, The theory of max-min, 1967; P. Milgrom, I. Segal, Envelope theorems for arbitrary choice
+    sets, 2002.
     """
     values, value_spec = optree.tree_flatten(value)
-    leaves, spec = optree.tree_flatten(tuple(args))
+    tree: Any = tuple(args)
+    leaves, spec = optree.tree_flatten(tree)
     for i, t in enumerate(values):
         check_tensor("value" if value_spec.is_leaf() else f"value leaf {i}", t)
     for i, t in enumerate(leaves):
@@ -114,4 +115,4 @@ def envelope(objective: Callable[..., Tensor], value: Any, args: Sequence[Any]) 
     def flat(*tensors: Tensor) -> Tensor:
         return objective(value_spec.unflatten(tensors[:count]), *spec.unflatten(tensors[count:]))
 
-    return _Envelope.apply(flat, count, *values, *leaves)  # type: ignore[return-value]
+    return _Envelope.apply(flat, count, *values, *leaves)

@@ -74,7 +74,8 @@ def fixed_point(
         >>> print(f"{slope.item():.6f}")
         -0.297474
 
-    Source: the implicit function theorem; for the layer, S. Bai, J. Z. Kolter, V. Koltun, Deep Equilibrium Models, 2019.
+    Source: the implicit function theorem; for the layer, S. Bai, J. Z. Kolter, V. Koltun, Deep Equilibrium Models,
+    2019.
     """
     return solve_inner(
         FIXED_POINT,

@@ -124,7 +124,7 @@ def _floor(solver: IterativeSolver, s: Step) -> Tensor:
 
 
 def _verdict(s: Step, floor: Tensor, rtol: float) -> tuple[Tensor, Tensor | None]:
-    """The elements that go on, and the status of those that end; a met tolerance outweighs what a solver complains of."""
+    """The elements that go on, and the status of those that end; a met tolerance outweighs a complaint."""
     active = s.error > torch.add(floor, s.scale, alpha=rtol)  # False for NaN: nothing more to be had
     if s.status is None:
         return active, None

@@ -1,4 +1,4 @@
-r"""L-BFGS: :math:`z \leftarrow z - t\,H_k \nabla f(z)` with an inverse Hessian from the last steps, for smooth minima."""
+r"""L-BFGS: :math:`z \leftarrow z - t\,H_k \nabla f(z)` with an inverse Hessian from the last steps."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class LBFGS(IterativeSolver):
     """Limited-memory BFGS with a weak-Wolfe bisection search; the default for :func:`argmin`.
 
     Every element runs its own line search: one step is one trial, so no element waits for another. Stops at
-    ``||grad|| <= atol + rtol * max(largest ||grad|| seen, curvature * ||z||)``. Events up to 64 numbers end with at most
-    two Newton steps, kept where they reduce the gradient.
+    ``||grad|| <= atol + rtol * max(largest ||grad|| seen, curvature * ||z||)``. Events up to 64 numbers end with at
+    most two Newton steps, kept where they reduce the gradient.
 
     Args:
         history: Number of remembered steps.

@@ -17,7 +17,7 @@ from ._newton import polish
 
 
 def jacobian(function: Function, z: Tensor) -> tuple[Tensor, Tensor]:
-    """``r`` of shape ``(*batch, m)`` and ``dr/dz`` of shape ``(*batch, m, n)``, by the shorter of the two directions."""
+    """``r`` of shape ``(*batch, m)`` and ``dr/dz`` of shape ``(*batch, m, n)``, by the shorter direction."""
     m, n = function(z).shape[-1], z.shape[-1]
     if m < n:
         r, pull = pullback(function, z)

@@ -1,4 +1,4 @@
-r"""Newton's method :math:`z \leftarrow z - t\,(\partial F/\partial z)^{-1} F(z)` with a line search on the residual norm."""
+r"""Newton's method :math:`z \leftarrow z - t\,(\partial F/\partial z)^{-1} F(z)` with a line search."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from difflayers._solution import Status
-from difflayers.linalg import GMRES, LU, LinearSolver
+from difflayers.linalg import GMRES, LU, QR, LinearSolver
+from difflayers.linalg._autodiff import transforms_active
 from difflayers.linalg._linear_solve import DENSE_LIMIT
 
 from ._engine import ImplicitProblem, ResidualSystem
@@ -26,6 +27,10 @@ def newton_direction(
     problem = ImplicitProblem(solve=_never, residual=function, value_ndim=1, arg_ndims=None)
     solver = linear_solver or (LU() if z.shape[-1] <= DENSE_LIMIT else GMRES())
     system = ResidualSystem(solver, (1,), problem=problem)
+    if isinstance(solver, LU | QR) and (torch.is_grad_enabled() or transforms_active()):
+        # unrolled: by the inverse, because torch's own rules for triangular solves go wrong under vmap(hessian)
+        inverse, info = torch.linalg.inv_ex(system.matrix((z,), z))
+        return (inverse @ r.unsqueeze(-1)).squeeze(-1), torch.where(info != 0, int(Status.SINGULAR), 0)
     delta, info = solver.solve(system, (z,), solver.factor(system, (z,), z), r, False, None)
     return delta, info.status
 

@@ -1,7 +1,7 @@
 r"""Nonlinear least squares as a layer: :math:`z^* = \arg\min_z \frac12\|r(z, \theta)\|^2`, so :math:`J^T r = 0`.
 
-The Jacobian of that condition is :math:`J^T J + \sum_i r_i \nabla^2 r_i`. Dropping the second term (Gauss-Newton) is wrong
-wherever the residual is not zero, so the exact curvature is the default.
+The Jacobian of that condition is :math:`J^T J + \sum_i r_i \nabla^2 r_i`. Dropping the second term (Gauss-Newton) is
+wrong wherever the residual is not zero, so the exact curvature is the default.
 """
 
 from __future__ import annotations

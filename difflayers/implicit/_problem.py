@@ -14,24 +14,19 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from difflayers._checks import broadcast_batch, check_finite, check_same, check_shape, check_tensor, compute_dtype
-from difflayers._solution import Info, OnFailure, Solution, Status, check_policy, settle, timed
+from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
+from difflayers._solution import Info, OnFailure, Solution, check_policy
 from difflayers.linalg._autodiff import (
-    alive,
-    autocast_off,
     forward_mode,
     opaque,
-    primal,
-    quick_apply,
     transforms_active,
 )
 from difflayers.linalg._captured import Seen, constant_like, gradients_wanted, refuse_coupling, refuse_held, refuse_seen
-from difflayers.linalg._grads_batched import batched_backward
-from difflayers.linalg._system import harmless, mask_failed
 
 from ._adjoints import Adjoint, OneStep, Unrolled
 from ._engine import ImplicitProblem, SolutionMap, Task
-from ._iterate import Function, IterativeSolver, unroll
+from ._iterate import Function, IterativeSolver
+from ._unrolled import solve_unrolled
 
 _uncoupled = Seen()
 
@@ -137,7 +132,7 @@ def same(function: Function) -> Function:
 
 
 def _watch_first(function: Function, argument: str) -> Function:
-    """`function`, its first evaluation under grad mode on constants: a result that needs a gradient captured something."""
+    """`function`, first evaluated under grad mode on constants: a result with a gradient captured something."""
     fresh = True
 
     def watched(z: Tensor) -> Tensor:
@@ -238,8 +233,9 @@ class Arguments:
     def __init__(self, args: Any, arg_ndims: Any) -> None:
         if isinstance(args, Tensor) or not isinstance(args, tuple | list):
             raise ValueError(f"args: expected a tuple of arguments, got {type(args).__name__}")
-        leaves, self.spec = optree.tree_flatten(tuple(args))
-        names = _leaf_names(tuple(args), "args")
+        tree: Any = tuple(args)
+        leaves, self.spec = optree.tree_flatten(tree)
+        names = _leaf_names(tree, "args")
         self.leaves = leaves
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.names = tuple(names[i] for i in self.places)
@@ -248,7 +244,7 @@ class Arguments:
             if isinstance(leaf, Tensor):
                 if not leaf.is_floating_point() and leaf.dtype != torch.bool:
                     raise ValueError(
-                        f"{name}: expected a floating-point tensor, got {leaf.dtype} (the function may capture indices: "
+                        f"{name}: expected a floating-point tensor, got {leaf.dtype} (indices may be captured: "
                         "they carry no gradient)"
                     )
             elif not isinstance(leaf, bool | int | float):
@@ -256,7 +252,8 @@ class Arguments:
         self.ndims: tuple[int, ...] | None = None
         if arg_ndims is not None:
             try:
-                spread = optree.broadcast_prefix(tuple(arg_ndims), tuple(args))
+                prefix: Any = tuple(arg_ndims)
+                spread = optree.broadcast_prefix(prefix, tree)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"arg_ndims: expected the structure of `args` or a prefix of it: {error}") from None
             self.ndims = tuple(spread[i] for i in self.places)
@@ -314,8 +311,12 @@ def solve_inner(
     flat = _flat_function(kind, function, unknown, arguments)
     if check_capture and transforms_active():
         _probe_under_transforms(flat, z, tensors, kind.argument)
+    present = lambda v: unknown.split(v.to(unknown.dtype))  # noqa: E731
     if isinstance(adjoint, Unrolled):
-        solution = _unrolled(kind, flat, z, tensors, solver, adjoint, on_failure, unknown, arguments)
+        solution = solve_unrolled(
+            kind.name, kind.adapt[solver.finds], flat, z, tensors, solver, adjoint, on_failure, present,
+            arguments.names, arguments.ndims,
+        )  # fmt: skip
     else:
         problem = InnerProblem.make(
             kind,
@@ -329,7 +330,7 @@ def solve_inner(
             arg_names=arguments.names,
             check_coupling=torch.Size(batch).numel() > 1 and not z.is_meta and function not in _uncoupled,
         )
-        task = Task(problem, on_failure, lambda v: unknown.split(v.to(unknown.dtype)))
+        task = Task(problem, on_failure, present)
         solution = Solution(*SolutionMap.apply(task, z, *tensors)[:4])
     value = solution.value if dtype == unknown.dtype else solution.value.to(unknown.dtype)
     return Solution(unknown.split(value), solution.status, solution.steps, solution.residual)
@@ -361,69 +362,3 @@ def _flat_function(
 def _probe_under_transforms(flat: Callable[..., Tensor], z: Tensor, tensors: Sequence[Tensor], argument: str) -> None:
     """One evaluation on constants: inside a ``torch.func`` transform a captured tensor wraps the result."""
     refuse_seen([flat(*(constant_like(t) for t in (z, *tensors)))], argument)
-
-
-@quick_apply
-class _Settle(torch.autograd.Function):
-    """The failure policy of an unrolled solve: reads data, so it runs in a Function's forward."""
-
-    @staticmethod
-    def forward(task: Any, value: Tensor, *rest: Tensor) -> Tensor:
-        name, on_failure, present, names = task
-        info, tensors = Info(*rest[:3]), rest[3:]
-        timed(name, "forward", lambda: (None, info))
-        named = list(zip(names, tensors, strict=True))
-        return settle(value, info, on_failure, name=name, present=present, diagnose=lambda: check_finite(named)).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        task, _, status, *_rest = inputs
-        ctx.count, ctx.masked = len(inputs), task[1] == "nan"
-        ctx.save_for_backward(output, status)
-        ctx.save_for_forward(output, status)
-
-    @staticmethod
-    @batched_backward
-    def backward(ctx: Any, g: Tensor) -> Any:
-        output, status = map(alive, ctx.saved_tensors)
-        g = mask_failed(g, g, status > Status.MAX_STEPS, output, 1) if ctx.masked else g
-        return (None, g, *([None] * (ctx.count - 2)))
-
-    @staticmethod
-    def jvp(ctx: Any, _task: Any, tangent: Tensor, *_: Any) -> Tensor:
-        with forward_mode():
-            tangent, (output, status) = primal(tangent), map(primal, ctx.saved_tensors)
-            failed = status > Status.MAX_STEPS
-            return mask_failed(tangent, tangent, failed, output, 1) if ctx.masked else tangent.clone()
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, task: Any, *tensors: Tensor) -> Any:
-        moved = [
-            t.expand((info.batch_size, *t.shape)) if d is None else t.movedim(d, 0)
-            for t, d in zip(tensors, in_dims[1:], strict=True)
-        ]
-        return _Settle.apply(task, *moved), 0
-
-
-def _unrolled(
-    kind: Kind,
-    flat: Callable[..., Tensor],
-    z: Tensor,
-    tensors: Sequence[Tensor],
-    solver: IterativeSolver,
-    adjoint: Unrolled,
-    on_failure: OnFailure,
-    unknown: Unknown,
-    arguments: Arguments,
-) -> Solution[Tensor]:
-    def run(z: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Info]:
-        return unroll(solver, kind.adapt[solver.finds](lambda z: flat(z, *tensors)), z, adjoint.max_steps)
-
-    with autocast_off(z):
-        value, info = run(z, tensors)
-        if on_failure == "nan":  # autograd would carry NaN from a failed element into what the batch shares: once more
-            failed = info.status > Status.MAX_STEPS
-            (clean_z,) = harmless([z], (1,), failed)
-            value, _ = run(clean_z, harmless(tensors, arguments.ndims, failed))
-    task = (kind.name, on_failure, lambda v: unknown.split(v.to(unknown.dtype)), ("init", *arguments.names))
-    return Solution(_Settle.apply(task, value, *info, z, *tensors), *info)

@@ -60,7 +60,8 @@ def root_find(
         >>> torch.autograd.grad(y.sum(), a)
         (tensor([0.2500, 0.0769]),)
 
-    Source: the implicit function theorem; for the layer, S. Bai, J. Z. Kolter, V. Koltun, Deep Equilibrium Models, 2019.
+    Source: the implicit function theorem; for the layer, S. Bai, J. Z. Kolter, V. Koltun, Deep Equilibrium Models,
+    2019.
     """
     return solve_inner(
         ROOT,

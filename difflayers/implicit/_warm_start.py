@@ -98,12 +98,12 @@ class WarmStart(nn.Module):
         if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool or index.ndim != 1:
             got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
             raise ValueError(f"index: expected a vector of integers, got {got}")
-        if index.numel() and not (0 <= int(index.min()) and int(index.max()) < self.size):
+        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < self.size):
             raise ValueError(f"index: expected numbers from 0 to {self.size - 1}, got up to {int(index.max())}")
         for leaf in leaves:
             if not isinstance(leaf, Tensor) or leaf.ndim < 1 or leaf.shape[0] != index.shape[0]:
-                got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise ValueError(f"value: expected {index.shape[0]} rows, one per index, got {got}")
+                shape = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"value: expected {index.shape[0]} rows, one per index, got {shape}")
         return index
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What the library's Functions need from autograd, and where torch needs a hand.
 
-Everything here works at any nesting of ``torch.func`` transforms, under plain autograd, and inside a Function's forward.
+Everything here works at any nesting of ``torch.func`` transforms, under plain autograd, and inside a Function's
+forward.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def transforms_active() -> bool:
 def pullback(
     f: Callable[..., Tensor], *primals: Tensor, record: bool | None = None
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-    """``f(*primals)`` and the function that pulls a cotangent back to the primals: ``torch.func.vjp``, at half its cost.
+    """``f(*primals)`` and its pullback: ``torch.func.vjp``, at half its cost.
 
     Outside of transforms plain autograd does it: on aliases of the primals, so that only the paths through them count,
     and recording the products themselves where `record` (None: grad mode) says so. The pullback may be called several
@@ -59,7 +60,7 @@ def push_forward(f: Callable[..., Tensor], primals: Sequence[Tensor], tangents: 
 
 
 def linearise(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
-    """``f(*primals)`` and its directional derivative, by two reverse passes, because torch does not nest forward mode."""
+    """``f(*primals)`` and its directional derivative by two reverse passes: torch does not nest forward mode."""
     record = torch.is_grad_enabled()
     out, pull = pullback(f, *primals, record=True)
     u = torch.zeros_like(out)
@@ -124,7 +125,10 @@ def plain_forward(like: Tensor) -> Iterator[None]:
     ``torch.func`` refuses to run under them.
     """
     removed = []
-    while (pair := _hooks._top_saved_tensors_default_hooks(True)) is not None:
+    while True:
+        pair: Any = _hooks._top_saved_tensors_default_hooks(True)
+        if pair is None:
+            break
         removed.append(pair)
         _hooks._pop_saved_tensors_default_hooks()
     try:

@@ -70,7 +70,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from value.parameters()
         yield from value.buffers()
     elif isinstance(value, list | tuple | dict):
-        yield from (leaf for leaf in optree.tree_leaves(value) if isinstance(leaf, Tensor))
+        tree: Any = value
+        yield from (leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor))
     elif hasattr(value, "__dict__") and not isinstance(value, type):
         yield from (leaf for leaf in vars(value).values() if isinstance(leaf, Tensor))
 
@@ -163,7 +164,7 @@ def refuse_coupling(function: Callable[[Tensor], Tensor], z: Tensor, event_ndim_
             leak = torch.where(chosen.unsqueeze(-1), 0, g)
             if bool((torch.isfinite(leak) & (leak != 0)).any()):
                 raise ValueError(
-                    f"{argument}: expected batch elements that do not see each other, got one whose value at an element "
-                    "depends on another (a mean over the batch, BatchNorm, attention across it?); its gradient would be "
-                    f"wrong. Raise `{event_ndim_name}` so that coupled elements form one unknown"
+                    f"{argument}: expected batch elements that do not see each other, got one whose value at an "
+                    "element depends on another (a mean over the batch, BatchNorm, attention across it?); its gradient "
+                    f"would be wrong. Raise `{event_ndim_name}` so that coupled elements form one unknown"
                 )

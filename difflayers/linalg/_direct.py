@@ -61,7 +61,7 @@ def tiny_pivots(pivots: Tensor, columns: Tensor) -> Tensor:
 
 
 def _no_digit_left(y: Tensor, rhs: Tensor, columns: Tensor, transpose: bool) -> Tensor:
-    """Per element: the solution of the equilibrated system is so large that rounding alone explains the right-hand side.
+    """Per element: the solution is so large that rounding alone explains the right-hand side.
 
     Pivots of a singular matrix are not always small enough to tell; this is.
     """

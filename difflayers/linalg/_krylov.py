@@ -177,7 +177,7 @@ class GMRES(LinearSolver):
         return _finish(x, norm, tol, steps, broken, length)
 
     def _done(self, active: Tensor, taken: int) -> bool:
-        return bool(self.check_every) and taken % self.check_every == 0 and not bool(active.any())
+        return self.check_every is not None and taken % self.check_every == 0 and not bool(active.any())
 
     def _cycle(
         self,

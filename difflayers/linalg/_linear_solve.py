@@ -193,4 +193,4 @@ class _SymmetryCheck(torch.autograd.Function):
     @staticmethod
     def vmap(info: object, in_dims: tuple[int | None, ...], A: Tensor, solver: str) -> tuple[Tensor, None]:
         dim = in_dims[0]
-        return _SymmetryCheck.apply(A if dim is None else A.movedim(dim, 0), solver), None  # type: ignore[return-value]
+        return _SymmetryCheck.apply(A if dim is None else A.movedim(dim, 0), solver), None

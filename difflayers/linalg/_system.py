@@ -192,8 +192,8 @@ class Factorise(torch.autograd.Function):
             like = like if in_dims[1] is None else like.select(in_dims[1], 0)
             out = Factorise.apply(system, like, *params)
             return out, (None,) * len(out)
-        system, (like, *params) = lifted(system, info.batch_size, in_dims[1:], (like, *params))
-        out = Factorise.apply(system, like, *params)
+        system, (like, *moved) = lifted(system, info.batch_size, in_dims[1:], (like, *params))
+        out = Factorise.apply(system, like, *moved)
         return out, factor_dims(out, system.factor_ndims, like.ndim - system.vector_ndim)
 
 
@@ -282,7 +282,7 @@ class SystemSolve(torch.autograd.Function):
         with listening(ctx.listeners), autocast_off(x):
             w = SystemSolve.apply(system, not transpose, "adjoint", None, clean, *factors, *params)[0]
             if masked is not None:
-                w = mask_failed(w, g, *masked, system.vector_ndim)
+                w = mask_failed(w, g, masked[0], masked[1], system.vector_ndim)
             wanted = [
                 n and p.is_floating_point() for n, p in zip(ctx.needs_input_grad[-len(params) :], params, strict=True)
             ]
@@ -306,7 +306,7 @@ class SystemSolve(torch.autograd.Function):
             clean = rhs if masked is None else torch.where(expand_mask(masked[0], system.vector_ndim), 0, rhs)
             x_t = SystemSolve.apply(system, transpose, "adjoint", None, clean, *factors, *params)[0]
             if masked is not None:
-                x_t = mask_failed(x_t, rhs, *masked, system.vector_ndim)
+                x_t = mask_failed(x_t, rhs, masked[0], masked[1], system.vector_ndim)
         return (x_t, None, None, None)
 
     @staticmethod
@@ -325,7 +325,7 @@ def solve_system(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Factorises once and solves: ``(x, status, steps, residual)``."""
     factors = Factorise.apply(system, rhs, *params) if system.factor_ndims else ()
-    return SystemSolve.apply(system, False, "forward", init, rhs, *factors, *params)  # type: ignore[return-value]
+    return SystemSolve.apply(system, False, "forward", init, rhs, *factors, *params)
 
 
 def with_solver(system: LinearSystem, solver: LinearSolver) -> LinearSystem:

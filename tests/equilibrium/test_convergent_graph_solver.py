@@ -212,7 +212,7 @@ def test_gradcheck_of_edge_weights(weigh):
     assert torch.autograd.gradgradcheck(solve, inputs)
 
 
-@pytest.mark.parametrize("options", [{"solver": DENSE}, {"solver": EDGES}, {"activation": torch.tanh}], ids=str)
+@pytest.mark.parametrize("options", [{"solver": DENSE}, {"solver": EDGES}, {"activation": torch.tanh}], ids=["dense", "edges", "tanh"])
 def test_torch_func(options):
     logits, edge_index, B = random_graph(n=3, e=5, batch=(4,), d=1)
 
