@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
+from difflayers._checks import broadcast_batch, check_finite, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
 from difflayers.implicit import Anderson, IterativeSolver, fixed_point, fixed_point_ex
-from difflayers.implicit._fixed_point_module import plain
 from difflayers.linalg import GMRES, LU, QR, LinearOperator, LinearSolver, linear_solve, linear_solve_ex
+from difflayers.linalg._autodiff import physical, plain
 
 DENSE_NODES = 256  # up to here one factorisation for each head costs less than a Krylov solve
 
@@ -86,10 +86,15 @@ def graph_equilibrium(
     for each head on large graphs.
     """
     problem = _Problem(edge_weights, edge_index, B, kappa, activation, solver, on_failure)
-    if activation is None:
-        columns = linear_solve(*problem.system, solver=problem.linear_solver, on_failure=on_failure)
-        return columns.movedim(0, -1).to(B.dtype)
-    return fixed_point(*problem.fixed_point, **problem.options, on_failure=on_failure).to(B.dtype)
+    try:
+        if activation is None:
+            columns = linear_solve(*problem.system, solver=problem.linear_solver, on_failure=on_failure)
+            return columns.movedim(0, -1).to(B.dtype)
+        return fixed_point(*problem.fixed_point, **problem.options, on_failure=on_failure).to(B.dtype)
+    except ValueError:
+        # name what the caller passed, not what was made of it
+        check_finite([("edge_weights", physical(edge_weights)), ("B", physical(B)), ("kappa", physical(problem.kappa))])
+        raise
 
 
 def graph_equilibrium_ex(
@@ -347,8 +352,8 @@ class ConvergentGraphSolver(nn.Module):
         that reads in the first row; output ``(*batch, N, out_features)``. Graphs of different sizes go side by side in
         one graph, see :func:`disjoint_union`.
 
-    Differentiable in node and edge features and in the parameters, to any order (the encoder's ReLU and maxima have no
-    second derivative of their own).
+    Differentiable in node and edge features and in the parameters, to any order (encoder and decoder are piecewise
+    linear in places, by their ReLU).
 
     Example:
         >>> import torch
@@ -397,7 +402,7 @@ class ConvergentGraphSolver(nn.Module):
         self.edge_head = nn.Linear(hidden, heads)
         self.node_head = nn.Linear(hidden, heads * head_features)
         self.decoder = mlp(heads * head_features, hidden, out_features)
-        logit = torch.logit(torch.full((heads,), kappa, device="cpu"))
+        logit = torch.logit(self.edge_head.bias.detach().new_full((heads,), kappa))
         self.kappa_logit = nn.Parameter(logit) if learn_kappa else None
 
     def extra_repr(self) -> str:

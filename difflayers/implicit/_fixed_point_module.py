@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from difflayers._checks import compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
+from difflayers.linalg._autodiff import plain
 
 from ._adjoints import Adjoint, Implicit
 from ._anderson import Anderson
@@ -392,19 +393,6 @@ def _own_tensors(module: nn.Module, kind: str) -> Tensors:
     """
     places = ((prefix, getattr(m, kind)) for prefix, m in module.named_modules())
     return {f"{prefix}.{name}".lstrip("."): t for prefix, own in places for name, t in own.items() if t is not None}
-
-
-def plain(name: str, constant: Any) -> Any:
-    """An integer tensor without the wrappers that ``torch.func`` puts on whatever is computed inside a transform.
-
-    The solve runs outside them, where a wrapped tensor that a function holds on to cannot be used.
-    """
-    functorch = torch._C._functorch
-    while isinstance(constant, Tensor) and functorch.is_functorch_wrapped_tensor(constant):
-        if functorch.is_batchedtensor(constant):
-            raise ValueError(f"{name}: expected an integer tensor that vmap does not batch, got one that it does")
-        constant = functorch.get_unwrapped(constant)
-    return constant
 
 
 def _dtype(leaf: Any) -> Any:

@@ -195,6 +195,25 @@ def opaque(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
+def plain(name: str, constant: Any) -> Any:
+    """An integer tensor without the wrappers that ``torch.func`` puts on whatever is computed inside a transform.
+
+    The solve runs outside them, where a wrapped tensor that a function holds on to cannot be used.
+    """
+    while isinstance(constant, Tensor) and _functorch.is_functorch_wrapped_tensor(constant):
+        if _functorch.is_batchedtensor(constant):
+            raise ValueError(f"{name}: expected an integer tensor that vmap does not batch, got one that it does")
+        constant = _functorch.get_unwrapped(constant)
+    return constant
+
+
+def physical(t: Tensor) -> Tensor:
+    """`t` without any wrapper of ``torch.func``, vmapped dimensions visible: to look at data in an error path."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
+    return t.detach()
+
+
 def quick_apply(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """Class decorator: binds the signature of `forward` once; ``apply`` would inspect it at every call."""
     function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]

@@ -231,10 +231,18 @@ class SystemSolve(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         k = len(system.factor_ndims)
         factors, params = tensors[:k], tensors[k:]
+
+        def solve() -> tuple[Tensor, Info]:
+            x, info = system.solver.solve(system, params, factors, rhs, transpose, init)
+            if current_listeners():  # a trace wants to know how good a direct solve is, too
+                miss = system.operator(params, rhs, transpose)(x) - rhs
+                info = info._replace(
+                    residual=torch.linalg.vector_norm(miss.flatten(rhs.ndim - system.vector_ndim), dim=-1)
+                )
+            return x, info
+
         with plain_forward(rhs):
-            x, info = timed(
-                system.name, phase, lambda: system.solver.solve(system, params, factors, rhs, transpose, init)
-            )
+            x, info = timed(system.name, phase, solve)
         names = system.param_names or tuple(f"params[{i}]" for i in range(len(params)))
         checked = [*zip(names, params, strict=True), ("b", rhs)]
         checked += [] if init is None else [("init", init)]

@@ -38,7 +38,8 @@ th:last-child, td:last-child { padding-right: 0; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft);
   font-size: .8125rem; }
 @media (max-width: 34rem) { main { padding: 1.75rem 1rem 3rem; } h1 { font-size: 1.65rem; } h2 { font-size: 1.3rem; }
-  body { font-size: 1rem; } table { font-size: .8125rem; } th, td { padding-right: .6rem; } }
+  body { font-size: 1rem; } pre { font-size: .72rem; }
+  table { font-size: .8125rem; } th, td { padding-right: .6rem; } }
 """
 
 

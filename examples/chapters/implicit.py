@@ -334,8 +334,9 @@ def run(settings: Settings) -> list[Block]:
             f"Both networks read scikit-learn's 8 × 8 digits and have the same {parameters['fixed point']} parameters "
             "and the same start. In one the cell is solved for its fixed point, in the other it is applied once. Of "
             f"{tests} test digits the fixed point gets {right['fixed point']} right, {compared} the cell applied once. "
-            "A few digits either way are chance; on a task this easy the layer is not there for accuracy, and what "
-            "this run shows is that it trains like any other."
+            "A few digits either way are chance: on a task this easy the layer does not earn its price, "
+            f"{runs['fixed point'].seconds:.1f} s of training instead of {runs['cell once'].seconds:.1f} s. What this "
+            "run shows is that it trains like any other layer."
         ),
         Table(
             ("network", "test accuracy", "parameters", "training"),

@@ -212,7 +212,9 @@ def test_gradcheck_of_edge_weights(weigh):
     assert torch.autograd.gradgradcheck(solve, inputs)
 
 
-@pytest.mark.parametrize("options", [{"solver": DENSE}, {"solver": EDGES}, {"activation": torch.tanh}], ids=["dense", "edges", "tanh"])
+@pytest.mark.parametrize(
+    "options", [{"solver": DENSE}, {"solver": EDGES}, {"activation": torch.tanh}], ids=["dense", "edges", "tanh"]
+)
 def test_torch_func(options):
     logits, edge_index, B = random_graph(n=3, e=5, batch=(4,), d=1)
 
@@ -266,6 +268,35 @@ def test_dtype_is_kept(dtype, activation):
     if activation is None:
         tol = 1e-5 if dtype == torch.float32 else 2e-2
         close(H.double(), oracle(w.double(), edge_index, B.double(), 0.5), tol)
+
+
+def test_other_default_device_and_dtype():
+    model, graph = model_and_graph(learn_kappa=True)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.bfloat16)
+        for options in ({"solver": DENSE}, {"solver": EDGES}, {"activation": torch.tanh, "solver": None}):
+            for name, value in options.items():
+                setattr(model, name, value)
+            y = model(*graph)
+            y.sum().backward()
+            assert y.dtype == F64 and y.device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+
+
+def test_an_edge_index_made_inside_a_transform():
+    logits, edge_index, B = random_graph()
+
+    def loss(logits):
+        index = edge_index.flip(1).flip(1)
+        weights = edge_softmax(logits, index, 5)
+        options = ({"solver": DENSE}, {"solver": EDGES}, {"activation": torch.tanh})
+        return sum(graph_equilibrium(weights, index, B, 0.9, **o).square().sum() for o in options)
+
+    close(vmap(grad(loss))(torch.stack([logits, 2 * logits]))[1], grad(loss)(2 * logits), 1e-8)
 
 
 def test_reports():

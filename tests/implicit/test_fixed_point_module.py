@@ -167,6 +167,35 @@ def test_integer_inputs_and_buffers_are_constants():
     assert layer.module.weight.grad.abs().min() > 0
 
 
+def test_integer_inputs_made_inside_a_transform():
+    class Pick(nn.Module):
+        def forward(self, z, x, index):
+            return 0.5 * torch.tanh(z) + x[..., index]
+
+    layer, x, index = FixedPoint(Pick()), torch.randn(2, 3, dtype=F64), torch.tensor([0, 1, 2])
+
+    def loss(x):
+        return layer(x, index.flip(0) + 0).sum()
+
+    close(grad(loss)(x).flip(-1), grad(lambda x: layer(x.flip(-1), index).sum())(x.flip(-1)))
+    with pytest.raises(ValueError, match="vmap does not batch"):
+        vmap(layer)(x, torch.stack([index, index]))
+
+
+def test_other_default_device_and_dtype():
+    layer, x = frozen(spectral_normalization=0.9), torch.randn(2, 3, dtype=F64, requires_grad=True)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.bfloat16)
+        z = layer(x)
+        (z.sum() + layer.jacobian_penalty(z, x).sum()).backward()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    assert z.dtype == x.grad.dtype == F64 and z.device.type == "cpu"
+
+
 def test_init_is_used_and_optional():
     layer, x = make(), torch.randn(3, N, dtype=F64)
     with difflayers.trace() as solves:
@@ -439,12 +468,14 @@ def test_shared_weights():
         def __init__(self):
             super().__init__()
             self.a = nn.Linear(3, 3, dtype=F64)
-            self.b = self.a
+            self.b = self.a  # the same module
+            self.c = nn.Linear(3, 3, dtype=F64)
+            self.c.weight = self.a.weight  # the same parameter in another module
             with torch.no_grad():
                 self.a.weight.mul_(0.5)
 
         def forward(self, z, x):
-            return torch.tanh(self.b(torch.tanh(self.a(z))) + x)
+            return torch.tanh(self.c(self.b(torch.tanh(self.a(z)))) + x)
 
     layer, x = FixedPoint(Tied()), torch.randn(2, 3, dtype=F64)
     W = layer.module.a.weight
