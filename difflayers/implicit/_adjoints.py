@@ -71,7 +71,8 @@ class OneStep:
 class Unrolled:
     """Autograd through exactly `max_steps` masked solver steps; memory grows with them.
 
-    The derivative of the iterate that was returned, not of the solution. Finished elements stop changing.
+    The derivative of the iterate that was returned, not of the solution, with step lengths held constant. Finished
+    elements stop changing.
 
     Args:
         max_steps: Number of steps.

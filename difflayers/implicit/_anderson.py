@@ -52,23 +52,25 @@ class Anderson(IterativeSolver):
         move = new - z
         target = new if self.damping == 1.0 else z + self.damping * move
         error = size(move.detach())  # scales and stops, and so is not differentiated: a norm has no derivative at zero
+        tiny = torch.finfo(z.dtype).tiny
+        unit = (move / error.clamp_min(tiny).unsqueeze(-1)).unsqueeze(-2)
         if k == 0 or self.window == 1:
-            state = (move.unsqueeze(-2), target.unsqueeze(-2), error.unsqueeze(-1))
-            return Step(target, state, z, error, size(new.detach()))
-        moves, targets, sizes = (
-            torch.cat([old[(..., slice(1 - self.window, None), *[slice(None)] * tail)], fresh], -1 - tail)
-            for old, fresh, tail in zip(
-                state, (move.unsqueeze(-2), target.unsqueeze(-2), error.unsqueeze(-1)), (1, 1, 0), strict=True
-            )
-        )
-        least = (error * torch.finfo(z.dtype).eps).clamp_min(torch.finfo(z.dtype).tiny).unsqueeze(-1)
-        lengths = torch.maximum(sizes, least)
-        unit = moves / lengths.unsqueeze(-1)
-        m = unit.shape[-2]
-        ridge = torch.eye(m, dtype=z.dtype, device=z.device) * (100 * torch.finfo(z.dtype).eps)
-        factor, _ = torch.linalg.cholesky_ex(unit @ unit.mT + ridge)
-        weight = lengths[..., -1:] / lengths  # the constraint, in scaled variables
+            gram = unit @ unit.mT
+            return Step(target, (unit, target.unsqueeze(-2), error.unsqueeze(-1), gram), z, error, size(new.detach()))
+        units, targets, sizes, gram = state
+        if units.shape[-2] == self.window:
+            units, targets, sizes = units[..., 1:, :], targets[..., 1:, :], sizes[..., 1:]
+            gram = gram[..., 1:, 1:]
+        units, targets = torch.cat([units, unit], -2), torch.cat([targets, target.unsqueeze(-2)], -2)
+        sizes = torch.cat([sizes, error.unsqueeze(-1)], -1)
+        row = unit @ units.mT  # the only new row of the Gram matrix
+        gram = torch.cat([torch.cat([gram, row[..., :-1]], -2), row.mT], -1)
+        ridge = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device) * (100 * torch.finfo(z.dtype).eps)
+        factor, _ = torch.linalg.cholesky_ex(gram + ridge)
+        # the constraint in scaled variables; a residual of nothing counts as one rounding unit of the newest
+        newest = error.clamp_min(tiny).unsqueeze(-1)
+        weight = newest / torch.maximum(sizes, newest * torch.finfo(z.dtype).eps).clamp_min(tiny)
         alpha = torch.cholesky_solve(weight.unsqueeze(-1), factor).squeeze(-1) * weight
         alpha = alpha / alpha.sum(-1, keepdim=True)
         mixed = (alpha.unsqueeze(-2) @ targets).squeeze(-2)
-        return Step(mixed, (moves, targets, sizes), z, error, size(new.detach()))
+        return Step(mixed, (units, targets, sizes, gram), z, error, size(new.detach()))

@@ -14,7 +14,7 @@ from difflayers._solution import Info, Status
 
 from ._system import LinearSolver, LinearSystem, Params
 
-_PLAIN = 12  # plain corrections before GMRES proper
+_PLAIN = 40  # plain corrections before GMRES proper: no dearer than the 10 steps or so that GMRES saves
 
 Preconditioner = Callable[[Params, Tensor], Tensor]
 
@@ -153,7 +153,7 @@ class GMRES(LinearSolver):
             norm_new = _norm(r_new)
             ratio = norm_new / torch.where(norm > 0, norm, 1)
             steps = steps + plain
-            stay = plain & ((ratio < 0.1) | (norm_new * ratio**8 <= tol))
+            stay = plain & ((ratio < 0.1) | (norm_new * ratio**_PLAIN <= tol))
             plain = stay & (norm_new > tol)
             # one read-back: whether anyone goes on, and whether everyone took the correction (then nothing is masked)
             some, everyone = torch.stack([plain.any(), stay.all()]).tolist() if self.check_every else (True, False)
