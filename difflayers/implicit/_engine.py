@@ -21,7 +21,17 @@ from torch import Tensor
 from torch.func import vmap
 
 from difflayers._checks import broadcast_batch, check_finite, check_same
-from difflayers._solution import Info, OnFailure, Solution, check_policy, current_listeners, listening, settle, timed
+from difflayers._solution import (
+    Info,
+    OnFailure,
+    Solution,
+    Status,
+    check_policy,
+    current_listeners,
+    listening,
+    settle,
+    timed,
+)
 from difflayers.linalg import LinearSolver
 from difflayers.linalg._autodiff import (
     alive,
@@ -246,7 +256,8 @@ class SolutionMap(torch.autograd.Function):
         if task.on_failure != "nan":
             return value, None, factors, args
         ndims = task.problem.arg_ndims
-        failed = status > 1
+        failed = status > Status.MAX_STEPS
+        factors = harmless(factors, task.problem.factor_ndims, failed)
         if ndims is None:
             (clean,) = harmless([value], (task.problem.value_ndim,), failed)
             return clean, (failed, value), factors, harmless(args, None, failed)

@@ -98,6 +98,7 @@ class LeastSquaresMap(torch.autograd.Function):
         if ctx.on_failure == "nan":
             failed = status > Status.MAX_STEPS
             masked = (failed, x)
+            factors = tuple(harmless(factors, FACTOR_NDIMS[: len(factors)], failed))
             ndims = [k for k, here in zip(NDIMS, ctx.present, strict=True) if here]
             x, *tensors = harmless([x, *tensors], (1, *ndims), failed)
         queue = iter(tensors)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import check_finite
-from difflayers._solution import Info, OnFailure, current_listeners, listening, settle, timed
+from difflayers._solution import Info, OnFailure, Status, current_listeners, listening, settle, timed
 
 from ._autodiff import alive, autocast_off, forward_mode, jvp_where, plain_forward, primal, quick_apply, vjp_where
 from ._grads_batched import batched_backward
@@ -114,7 +114,7 @@ def harmless(tensors: Sequence[Tensor], ndims: Sequence[int] | None, failed: Ten
     """`tensors` with the slices of failed elements replaced by those of an element that did not fail.
 
     A zero cotangent times NaN would be NaN, and reach gradients shared by the batch; a copy of a good element is the
-    one replacement at which every layer's derivatives are known to be finite. Without declared dimensions only NaN
+    one replacement at which every layer's derivatives are known to be finite (a constant: nothing flows back to it). Without declared dimensions only NaN
     entries can be told apart; they become 1.
     """
     if ndims is None:
@@ -125,7 +125,7 @@ def harmless(tensors: Sequence[Tensor], ndims: Sequence[int] | None, failed: Ten
         if t.ndim > k and good is not None:
             event = t.shape[t.ndim - k :]
             wide = t.expand((*batch, *event))
-            copy = wide.reshape(-1, *event).index_select(0, good[None]).reshape(event)
+            copy = wide.detach().reshape(-1, *event).index_select(0, good[None]).reshape(event)
             t = torch.where(expand_mask(failed, k), copy, wide)
         out.append(t)
     return out
@@ -277,8 +277,9 @@ class SystemSolve(torch.autograd.Function):
         factors, params = tensors[:k], tensors[k:]
         if system.on_failure != "nan":
             return x, None, factors, params
-        failed = status > 1
+        failed = status > Status.MAX_STEPS
         clean = torch.where(expand_mask(failed, system.vector_ndim), 0, x)
+        factors = harmless(factors, system.factor_ndims, failed)
         return clean, (failed, x), factors, harmless(params, system.param_ndims, failed)
 
     @staticmethod

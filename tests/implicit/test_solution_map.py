@@ -310,3 +310,33 @@ def test_integer_arguments_are_data():
     z = solution_map(problem, (a, torch.tensor([2, 0])))
     torch.testing.assert_close(z.detach(), torch.tensor([3.0, 1.0], dtype=F64))
     torch.testing.assert_close(torch.autograd.grad(z.sum(), a)[0], torch.tensor([0.5, 0.0, 1 / 6], dtype=F64))
+
+
+def test_a_failed_element_does_not_reach_the_others_through_its_factors():
+    """sqrt as a layer with its own factor 2 sqrt(a): NaN for a negative number, at both orders only there."""
+
+    def solve(a, s):
+        z = a.sqrt() * s
+        ok = torch.where(torch.isfinite(z), int(Status.CONVERGED), int(Status.DIVERGED))
+        return z, Info(ok, torch.zeros_like(ok), torch.zeros_like(z)), (2 * z,)
+
+    def linear_solve(value, args, factors, rhs, transpose):
+        ok = torch.zeros(rhs.shape, dtype=torch.int64)
+        return rhs / factors[0], Info(ok, ok, torch.zeros_like(rhs))
+
+    problem = ImplicitProblem(
+        solve=solve, residual=lambda z, a, s: z * z - a * s * s, linear_solve=linear_solve,
+        value_ndim=0, arg_ndims=(0, 0), factor_ndims=(0,),
+    )  # fmt: skip
+    a = torch.tensor([4.0, -1.0, 9.0], dtype=F64, requires_grad=True)
+    s = torch.tensor(1.5, dtype=F64, requires_grad=True)
+    keep = torch.tensor([0, 2])
+    z = solution_map(problem, (a, s), on_failure="nan")
+    first = torch.autograd.grad(z[keep].sum(), (a, s), create_graph=True)
+    second = torch.autograd.grad(first[0][keep].sum(), (a, s))
+    exact = a.detach()[keep]
+    torch.testing.assert_close(first[0][keep], 1.5 / 2 / exact.sqrt())
+    torch.testing.assert_close(first[1], exact.sqrt().sum())
+    torch.testing.assert_close(second[0][keep], -1.5 / 4 * exact**-1.5)
+    torch.testing.assert_close(second[1], (1 / 2 / exact.sqrt()).sum())
+    assert first[0][1] == 0 and second[0][1] == 0
