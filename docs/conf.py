@@ -51,7 +51,7 @@ nitpick_ignore_regex = [
     # Private types in the signatures of methods that only authors of solvers override.
     (r"py:.*", r"difflayers\.(\w+\.)*_\w+\.\w+"),
     # Type variables and short aliases in signatures, which have no page of their own.
-    (r"py:(class|obj)", r"(.*\.)?(T|Tensor|Tree|PyTree|Callable|Any|Params|OnFailure)"),
+    (r"py:(class|obj)", r"(.*\.)?(T|Tensor|Tree|PyTree|Callable|Any|Params|OnFailure|Function|Inputs)"),
 ]
 
 

@@ -1,8 +1,7 @@
 """What every test shares: the device, a seed, one thread."""
 
-import importlib
 import os
-import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,10 +10,6 @@ import torch
 def pytest_configure() -> None:
     """One thread a process: the suite runs two processes, and results must not depend on how work is split."""
     torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        # forward mode imports this at its first use, which warns about torch.jit.script inside torch itself
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        importlib.import_module("torch._decomp.decompositions_for_jvp")
 
 
 def pytest_report_header() -> str:
@@ -29,6 +24,11 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def seed() -> None:
-    """Every test starts from the same random numbers, whatever ran before it."""
+def start(device: torch.device) -> Iterator[None]:
+    """Every test starts from the same random numbers, and makes its tensors on the device under test."""
     torch.manual_seed(0)
+    if device.type == "cpu":
+        yield
+        return
+    with device:
+        yield

@@ -59,6 +59,7 @@ from difflayers.linalg._system import (
     factor_dims,
     harmless,
     mask_failed,
+    unless_all_failed,
 )
 
 from ._adjoints import Implicit, Neumann, OneStep
@@ -292,6 +293,8 @@ class SolutionMap(torch.autograd.Function):
             v = SolutionMap.linear_solve(ctx, True, g, value, masked, factors, args)
             wanted = [n and a.is_floating_point() for n, a in zip(ctx.needs_input_grad[2:], args, strict=True)]
             grads = vjp_where(lambda *a: ctx.task.problem.residual(value, *a), args, wanted, -v)
+            if masked is not None:
+                grads = unless_all_failed(grads, g, masked[0], ctx.task.problem.value_ndim)
         return (None, None, *grads)
 
     @staticmethod

@@ -55,7 +55,7 @@ from ._kkt import (
     stationarity,
     times,
 )
-from ._system import Params, SystemSolve, align, expand_mask, factor_dims, harmless, mask_failed
+from ._system import Params, SystemSolve, align, expand_mask, factor_dims, harmless, mask_failed, unless_all_failed
 
 
 @quick_apply
@@ -149,6 +149,8 @@ class LeastSquaresMap(torch.autograd.Function):
                 _summed(grads[name](), t) if wanted[name] and t is not None else None
                 for name, t in zip(NAMES, data, strict=True)
             ]
+            if masked is not None:
+                out = unless_all_failed(out, g, masked[0], 1)
         return (None, *out)
 
     @staticmethod

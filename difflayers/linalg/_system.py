@@ -114,8 +114,8 @@ def harmless(tensors: Sequence[Tensor], ndims: Sequence[int] | None, failed: Ten
     """`tensors` with the slices of failed elements replaced by those of an element that did not fail.
 
     A zero cotangent times NaN would be NaN, and reach gradients shared by the batch; a copy of a good element is the
-    one replacement at which every layer's derivatives are known to be finite (a constant: nothing flows back to it). Without declared dimensions only NaN
-    entries can be told apart; they become 1.
+    one replacement at which every layer's derivatives are known to be finite (a constant: nothing flows back to it).
+    Without declared dimensions only NaN entries can be told apart; they become 1.
     """
     if ndims is None:
         return [torch.where(torch.isnan(t), 1, t) if t.is_floating_point() else t for t in tensors]
@@ -126,6 +126,8 @@ def harmless(tensors: Sequence[Tensor], ndims: Sequence[int] | None, failed: Ten
             event = t.shape[t.ndim - k :]
             wide = t.expand((*batch, *event))
             copy = wide.detach().reshape(-1, *event).index_select(0, good[None]).reshape(event)
+            if t.is_floating_point():  # only where every element failed
+                copy = torch.where(torch.isfinite(copy), copy, 1)
             t = torch.where(expand_mask(failed, k), copy, wide)
         out.append(t)
     return out
@@ -162,6 +164,15 @@ def mask_failed(w: Tensor, g: Tensor, failed: Tensor, output: Tensor, event_ndim
     # where on both sides of the product: no cotangent of another element passes the NaN
     nan = torch.where(asked, torch.where(asked, output, 0) * math.nan, 0)
     return torch.where(expand_mask(failed, event_ndim), nan, w)
+
+
+def unless_all_failed(grads: list[Any], g: Tensor, failed: Tensor, event_ndim: int) -> list[Any]:
+    """Cotangents of the arguments, exactly zero where every element failed and nobody asks for any.
+
+    There is no good element then to put in the place of a failed one.
+    """
+    nothing = failed.all() & ~asked_for(g.detach(), event_ndim).any()
+    return [None if t is None else torch.where(nothing, 0, t) for t in grads]
 
 
 @quick_apply
@@ -296,6 +307,8 @@ class SystemSolve(torch.autograd.Function):
                 n and p.is_floating_point() for n, p in zip(ctx.needs_input_grad[-len(params) :], params, strict=True)
             ]
             grads = vjp_where(lambda *p: system.apply(p, x, transpose), params, wanted, -w)
+            if masked is not None:
+                grads = unless_all_failed(grads, g, masked[0], system.vector_ndim)
         return (None, None, None, None, w, *([None] * len(factors)), *grads)
 
     @staticmethod

@@ -913,3 +913,21 @@ def test_ignore_reads_nothing_and_returns_what_it_has():
     torch.testing.assert_close(z[1], torch.tensor(2.0, dtype=F64))
     with pytest.raises(ValueError, match="expected"):  # shapes are checked all the same
         root_find(lambda z, a: z[:1], torch.ones(2, dtype=F64), (a,), on_failure="ignore")
+
+
+@pytest.mark.parametrize("solve", [root_find, fixed_point])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_where_every_element_failed_shared_gradients_are_zero(solve, batch):
+    W = torch.eye(2, dtype=F64, requires_grad=True)
+    x = torch.full((batch, 2), torch.nan, dtype=F64)
+    fn = lambda z, x, W: 0.3 * (W @ torch.tanh(z)[..., None])[..., 0] + x  # noqa: E731
+    update = fn if solve is fixed_point else lambda z, x, W: z - fn(z, x, W)
+    for ndims in (None, (1, 2)):
+        z = solve(update, torch.zeros(batch, 2, dtype=F64), (x, W), on_failure="nan", arg_ndims=ndims)
+        assert z.isnan().all()
+        (g,) = torch.autograd.grad(torch.where(z.isnan(), 0, z).sum(), W)
+        assert torch.equal(g, torch.zeros_like(g))
+        (g,) = torch.autograd.grad(
+            solve(update, torch.zeros(batch, 2, dtype=F64), (x, W), on_failure="nan", arg_ndims=ndims).sum(), W
+        )
+        assert g.isnan().all()
