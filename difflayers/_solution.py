@@ -151,8 +151,9 @@ def current_listeners() -> tuple[list[Record], ...]:
 
 @contextlib.contextmanager
 def listening(listeners: tuple[list[Record], ...]) -> Iterator[None]:
-    """Makes `listeners` the current ones: a backward pass may run on a thread that has no context of its own."""
-    token = _listeners.set(listeners)
+    """Adds `listeners` to the current ones: a backward pass may run on a thread that has no context of its own."""
+    current = _listeners.get()
+    token = _listeners.set((*current, *(one for one in listeners if not any(one is other for other in current))))
     try:
         yield
     finally:

@@ -69,5 +69,11 @@ def resolve_private(app, env, node, contnode):
     return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
 
 
+def skip_aliases(app, what, name, obj, skip, options):
+    """Leave out the fields of named tuples, which say "Alias for field number 0"; their class describes them."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app):
     app.connect("missing-reference", resolve_private)
+    app.connect("autodoc-skip-member", skip_aliases)

@@ -219,6 +219,8 @@ class SolutionMap(torch.autograd.Function):
 
         def solve() -> tuple[Any, Info]:
             value, info, factors = problem.solve(*args) if init is None else problem.solve(init, *args)
+            if any(value.data_ptr() == a.data_ptr() for a in args):  # a projection of an inside point is the point
+                value = value.clone()
             return (value, factors), info
 
         with plain_forward(args[0] if init is None else init):
@@ -280,8 +282,8 @@ class SolutionMap(torch.autograd.Function):
             factors = ctx.factors
             if factors is None:
                 factors = Factorise.apply(system, task.to_vector(value), value, *args)
-                if not any(map(torch._C._functorch.is_functorch_wrapped_tensor, factors)):
-                    ctx.factors = factors  # a second backward through this node solves with the same factorisation
+                if torch.is_grad_enabled() and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, factors)):
+                    ctx.factors = factors  # double backward comes through this node again, with the same factorisation
         w = SystemSolve.apply(system, transpose, "adjoint", None, rhs, *factors, value, *args)[0].reshape(g.shape)
         return w if masked is None else mask_failed(w, g, masked[0], masked[1], k)
 

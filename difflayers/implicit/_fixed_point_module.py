@@ -219,7 +219,7 @@ class FixedPoint(nn.Module):
         """What is iterated, and its arguments: parameters, buffers, masks, inputs."""
         modes = tuple(m.training for m in self.module.modules())
         update = self._updates.get(modes)
-        if update is None:
+        if update is None or update.module is not self.module:
             update = self._updates[modes] = _Update(self.module, modes)
         dropping = [name for name, m in self.module.named_modules() if isinstance(m, _DropoutNd) and m.training and m.p]
         refuse_stateful(self.module, dropping if self.dropout is None else [])

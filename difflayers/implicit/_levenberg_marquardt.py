@@ -73,7 +73,8 @@ class LevenbergMarquardt(IterativeSolver):
         # a column of zeros leaves its variable where it is
         scale = torch.where(columns > 0, columns, 1)
         damped = torch.cat([J / scale.unsqueeze(-2), torch.diag_embed(mu.sqrt().unsqueeze(-1).expand_as(scale))], -2)
-        _, R = torch.linalg.qr(damped, mode="r")
+        # without Q, qr has no derivative: an unrolled solve pays for it
+        _, R = torch.linalg.qr(damped, mode="reduced" if torch.is_grad_enabled() else "r")
         g = (J.mT @ r.unsqueeze(-1)) / scale.unsqueeze(-1)
         d = torch.linalg.solve_triangular(R.mT, -g, upper=False)
         d = torch.linalg.solve_triangular(R, d, upper=True).squeeze(-1) / scale

@@ -16,12 +16,8 @@ from torch.func import vmap
 
 from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import Info, OnFailure, Solution, check_policy
-from difflayers.linalg._autodiff import (
-    forward_mode,
-    opaque,
-    transforms_active,
-)
-from difflayers.linalg._captured import Seen, constant_like, gradients_wanted, refuse_coupling, refuse_held, refuse_seen
+from difflayers.linalg._autodiff import autocasting, forward_mode, opaque, transforms_active
+from difflayers.linalg._captured import Seen, gradients_wanted, refuse_coupling, refuse_held, refuse_probed, refuse_seen
 
 from ._adjoints import Adjoint, OneStep, Unrolled
 from ._engine import ImplicitProblem, SolutionMap, Task
@@ -83,7 +79,7 @@ class InnerProblem(ImplicitProblem):
         def solve(init: Tensor, *args: Tensor) -> tuple[Tensor, Info, tuple[Tensor, ...]]:
             args = tuple(a.detach() for a in args)
             at = lambda z: function(z, *args)  # noqa: E731
-            init, watched = init.detach(), at
+            init, watched = init.detach().clone(), at  # a solve that ends where it starts returns no alias
             if check_capture:
                 watched = _watch_first(at, kind.argument)
                 if not kind.like_unknown:  # the solver sees derivatives of it, where nothing could be told
@@ -91,8 +87,8 @@ class InnerProblem(ImplicitProblem):
                     watched = at
             value, info = solver.solve(kind.adapt[solver.finds](watched), init)
             if options.get("check_coupling"):
-                refuse_coupling(at, value, "event_ndim", kind.argument)
-                _uncoupled.remember(user_function)
+                if refuse_coupling(at, value, "event_ndim", kind.argument):
+                    _uncoupled.remember(*user_function)
             return value, info, ()
 
         return InnerProblem(
@@ -177,6 +173,10 @@ class Unknown:
             leaf.detach().to(dtype).expand((*batch, *e)) for leaf, e in zip(self.leaves, self.events, strict=True)
         ]
         return leaves[0] if self.plain else self.join(leaves, batch)
+
+    def forget(self) -> None:
+        """Lets go of the values: the graph keeps what it needs of them itself."""
+        self.leaves = []
 
     def join(self, leaves: Sequence[Tensor], batch: tuple[int, ...]) -> Tensor:
         """Leaves to one vector per element."""
@@ -269,6 +269,12 @@ class Arguments:
             return []
         return [(n, tuple(t.shape[: t.ndim - k])) for n, t, k in zip(self.names, self.tensors, self.ndims, strict=True)]
 
+    def forget(self) -> None:
+        """Lets go of the tensors: the graph keeps what it needs of them itself."""
+        self.tensors = []
+        for i in self.places:
+            self.leaves[i] = None
+
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The user's tree with these tensors in it."""
         leaves = list(self.leaves)
@@ -300,7 +306,9 @@ def solve_inner(
     if isinstance(adjoint, OneStep) and not kind.one_step:
         raise ValueError(f"adjoint: expected Implicit, Neumann or Unrolled for {kind.name}, got OneStep()")
     unknown, arguments = Unknown(init, event_ndim), Arguments(args, arg_ndims)
-    check_same([("init", unknown.leaves[0]), *zip(arguments.names, arguments.tensors, strict=True)])
+    lift = autocasting(unknown.leaves[0])  # activations are halved there, weights are not
+    same_dtype = [("init", unknown.leaves[0]), *zip(arguments.names, arguments.tensors, strict=True)]
+    check_same((n, t.to(compute_dtype(t.dtype)) if lift else t) for n, t in same_dtype)
     check_capture = gradients_wanted()
     if check_capture:
         refuse_held(function, kind.argument)
@@ -308,9 +316,11 @@ def solve_inner(
     dtype = compute_dtype(unknown.dtype)
     tensors = [t.to(dtype) if t.is_floating_point() else t for t in arguments.tensors]
     z = unknown.start(batch, dtype)
+    unknown.forget()
+    arguments.forget()
     flat = _flat_function(kind, function, unknown, arguments)
     if check_capture and transforms_active():
-        _probe_under_transforms(flat, z, tensors, kind.argument)
+        refuse_probed(flat, (z, *tensors), kind.argument)
     present = lambda v: unknown.split(v.to(unknown.dtype))  # noqa: E731
     if isinstance(adjoint, Unrolled):
         solution = solve_unrolled(
@@ -323,12 +333,14 @@ def solve_inner(
             flat,
             solver,
             curvature,
-            function,
+            (function, (kind.name, event_ndim)),
             check_capture,
             arg_ndims=arguments.ndims,
             adjoint=adjoint,
             arg_names=arguments.names,
-            check_coupling=torch.Size(batch).numel() > 1 and not z.is_meta and function not in _uncoupled,
+            check_coupling=torch.Size(batch).numel() > 1
+            and not z.is_meta
+            and not _uncoupled.knows(function, (kind.name, event_ndim)),
         )
         task = Task(problem, on_failure, present)
         solution = Solution(*SolutionMap.apply(task, z, *tensors)[:4])
@@ -357,8 +369,3 @@ def _flat_function(
         return out.flatten(len(batch))
 
     return flat
-
-
-def _probe_under_transforms(flat: Callable[..., Tensor], z: Tensor, tensors: Sequence[Tensor], argument: str) -> None:
-    """One evaluation on constants: inside a ``torch.func`` transform a captured tensor wraps the result."""
-    refuse_seen([flat(*(constant_like(t) for t in (z, *tensors)))], argument)

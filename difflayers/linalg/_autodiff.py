@@ -139,12 +139,14 @@ def plain_forward(like: Tensor) -> Iterator[None]:
             _hooks._push_saved_tensors_default_hooks(*pair)
 
 
+def autocasting(like: Tensor) -> bool:
+    """Whether autocast is on for the device of `like`."""
+    return like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
+
+
 def autocast_off(like: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast switched off for the device of `like`, if it is on."""
-    kind = like.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
+    return torch.autocast(like.device.type, enabled=False) if autocasting(like) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -66,14 +67,9 @@ def _held(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, torch.nn.Module):
-        yield from value.parameters()
-        yield from value.buffers()
     elif isinstance(value, list | tuple | dict):
         tree: Any = value
         yield from (leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor))
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from (leaf for leaf in vars(value).values() if isinstance(leaf, Tensor))
 
 
 _REMEDY = (
@@ -94,12 +90,28 @@ def gradients_wanted() -> bool:
 
 
 def constant_like(t: Tensor) -> Tensor:
-    """A plain tensor with the shape one sample of `t` has at this level."""
-    return torch.full(t.shape, 0.5, dtype=torch.float32, device=t.device).to(t.dtype)
+    """A plain tensor with the shape one sample of `t` has at this level; where it is square, positive definite."""
+    constant = torch.full(t.shape, 0.5, dtype=torch.float32, device=t.device)
+    if t.ndim > 1 and t.shape[-1] == t.shape[-2]:
+        constant = constant + torch.eye(t.shape[-1], dtype=torch.float32, device=t.device)
+    return constant.to(t.dtype)
+
+
+def refuse_probed(function: Callable[..., Tensor], tensors: Sequence[Tensor], argument: str, remedy: str = "") -> None:
+    """One evaluation on constants: inside a ``torch.func`` transform a captured tensor shows in the result."""
+    try:
+        out = function(*(constant_like(t) for t in tensors))
+    except Exception:  # constants need not suit the function; then its closure is all there is to look at
+        return
+    refuse_seen([out], argument, remedy or _REMEDY)
 
 
 def refuse_held(function: Any, argument: str, remedy: str = _REMEDY) -> None:
-    """Looks at what the callable holds, before anything is evaluated."""
+    """Looks at what the callable holds, before anything is evaluated.
+
+    Tensors only: a method may well read a number of a module whose weights it takes as arguments, so modules and other
+    objects are judged by the first evaluation.
+    """
     for name, value in _held(function):
         for t in _tensors(value):
             if _differentiated(t):
@@ -114,46 +126,47 @@ def refuse_seen(outputs: Sequence[Tensor], argument: str, remedy: str = _REMEDY)
 
 
 class Seen:
-    """Functions that have passed a check, remembered as long as they live.
+    """Functions that have passed a check, remembered as long as they live, together with what was asked of them.
 
-    A function without a closure is remembered by its code, so that a lambda written in a ``forward`` is checked once.
+    A plain function without a closure is remembered by its code, so that a lambda written in a ``forward`` is checked
+    once.
     """
 
     def __init__(self) -> None:
-        self._objects: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._questions: weakref.WeakKeyDictionary[Any, set[Any]] = weakref.WeakKeyDictionary()
 
-    def remember(self, function: Any) -> None:
+    def remember(self, function: Any, question: Any = None) -> None:
         """The function has passed."""
         with contextlib.suppress(TypeError):  # not hashable, or no weak references: check every time
-            self._objects.add(self._key(function))
+            self._questions.setdefault(self._key(function), set()).add(question)
 
-    def __contains__(self, function: Any) -> bool:
+    def knows(self, function: Any, question: Any = None) -> bool:
+        """Whether the function has passed."""
         with contextlib.suppress(TypeError):
-            return self._key(function) in self._objects
+            return question in self._questions.get(self._key(function), ())
         return False
 
     @staticmethod
     def _key(function: Any) -> Any:
-        key = function
-        if getattr(function, "__closure__", ()) is None and getattr(function, "__defaults__", ()) is None:
-            key = function.__code__
-        return key
+        if isinstance(function, types.FunctionType) and not function.__closure__ and not function.__defaults__:
+            return function.__code__
+        return function
 
 
-def refuse_coupling(function: Callable[[Tensor], Tensor], z: Tensor, event_ndim_name: str, argument: str) -> None:
+def refuse_coupling(function: Callable[[Tensor], Tensor], z: Tensor, event_ndim_name: str, argument: str) -> bool:
     """Finds batch elements that see each other: the gradient of one in the unknown of another.
 
     Any two elements differ in some bit of their flattened index, so two products a bit, with cotangents on the elements
-    that have it (or have it not), find every pair. Plain tensors.
+    that have it (or have it not), find every pair. Plain tensors. Returns whether it could look at every element.
     """
     batch = z.shape[:-1]
     if batch.numel() < 2:
-        return
+        return False
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         out = function(z)
-        if not out.requires_grad:
-            return
+        if not out.requires_grad:  # inference mode records nothing
+            return False
         count = batch.numel()
         index = torch.arange(count, device=z.device).reshape(batch)
         weight = torch.cos(torch.arange(out.numel(), device=z.device, dtype=z.dtype)).reshape(out.shape) + 1.5
@@ -168,3 +181,4 @@ def refuse_coupling(function: Callable[[Tensor], Tensor], z: Tensor, event_ndim_
                     "element depends on another (a mean over the batch, BatchNorm, attention across it?); its gradient "
                     f"would be wrong. Raise `{event_ndim_name}` so that coupled elements form one unknown"
                 )
+        return bool(torch.isfinite(out).all())

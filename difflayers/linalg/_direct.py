@@ -56,7 +56,7 @@ def _row_scale(A: Tensor) -> Tensor:
 def tiny_pivots(pivots: Tensor, columns: Tensor) -> Tensor:
     """Per element: some pivot is rounding noise of its column, or not a number."""
     n = pivots.shape[-1]
-    noise = 4 * n * torch.finfo(pivots.dtype).eps * columns
+    noise = 4 * n**0.5 * torch.finfo(pivots.dtype).eps * columns
     return ~(pivots.abs() > noise).all(-1)
 
 
@@ -67,7 +67,7 @@ def _no_digit_left(y: Tensor, rhs: Tensor, columns: Tensor, transpose: bool) -> 
     """
     y, rhs = (y, rhs / columns) if transpose else (y * columns, rhs)
     n = y.shape[-1]
-    return n * torch.finfo(y.dtype).eps * y.abs().amax(-1) > rhs.abs().amax(-1)
+    return 4 * n**0.5 * torch.finfo(y.dtype).eps * y.abs().amax(-1) > rhs.abs().amax(-1)
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,12 @@ def _scaled(
     return length, rhs / length, start, atol / length + default_rtol(rtol, rhs.dtype)
 
 
-def _finish(x: Tensor, norm: Tensor, tol: Tensor, steps: Tensor, broken: Tensor, length: Tensor) -> tuple[Tensor, Info]:
+def _finish(
+    x: Tensor, norm: Tensor, tol: Tensor, steps: Tensor, broken: Tensor, length: Tensor, met: Tensor
+) -> tuple[Tensor, Info]:
     status = torch.where(broken, int(Status.SINGULAR), int(Status.MAX_STEPS))
-    # recurrences drift from the true residual by rounding: a small factor, then the verdict is on the true one
-    status = torch.where(norm <= 10 * tol, int(Status.CONVERGED), status)
+    # recurrences drift from the true residual by rounding: where they met the tolerance, a small factor is granted
+    status = torch.where(norm <= torch.where(met, 10 * tol, tol), int(Status.CONVERGED), status)
     finite = torch.isfinite(norm)
     status = torch.where(finite, status, int(Status.DIVERGED))
     x = torch.where(finite, x * length, math.nan)
@@ -101,7 +103,7 @@ class CG(LinearSolver):
             steps = steps + active
             norm = _norm(r)
             active = active & (norm > tol)
-        return _finish(x, _norm(rhs - product(x)), tol, steps, broken, length)
+        return _finish(x, _norm(rhs - product(x)), tol, steps, broken, length, ~active)
 
 
 @dataclass(frozen=True)
@@ -163,18 +165,19 @@ class GMRES(LinearSolver):
                 x, r, norm = torch.where(stay, x + d, x), torch.where(stay, r_new, r), torch.where(stay, norm_new, norm)
             active = active & (norm > tol)
             taken += 1
+        met = ~active
         broken = torch.zeros_like(active)
         while taken < self.max_steps and not self._done(active, taken):
-            x, used, newly_broken, steps = self._cycle(
+            x, used, ended, exhausted, steps = self._cycle(
                 product, precondition, params, x, r, active, tol, steps, self.max_steps - taken
             )
             taken += used
             before, r = norm, rhs - product(x)
             norm = _norm(r)
-            broken = broken | newly_broken
+            broken, met = broken | exhausted, met | (ended & ~exhausted)
             # a cycle that gained nothing will gain nothing again
             active = active & (norm > tol) & (norm < 0.9 * before) & ~broken
-        return _finish(x, norm, tol, steps, broken, length)
+        return _finish(x, norm, tol, steps, broken, length, met)
 
     def _done(self, active: Tensor, taken: int) -> bool:
         return self.check_every is not None and taken % self.check_every == 0 and not bool(active.any())
@@ -190,8 +193,8 @@ class GMRES(LinearSolver):
         tol: Tensor,
         steps: Tensor,
         budget: int,
-    ) -> tuple[Tensor, int, Tensor, Tensor]:
-        """Up to `restart` steps from the residual `r`: new iterate, steps used, exhausted elements, step counts."""
+    ) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
+        """Up to `restart` steps from `r`: iterate, steps used, elements that ended, exhausted ones, step counts."""
         m, noise = min(self.restart, r.shape[-1], budget), 10 * torch.finfo(r.dtype).eps
         U = r.new_empty((*r.shape[:-1], m, r.shape[-1]))  # directions
         Q = torch.empty_like(U)  # their orthonormal images: A U = R^T Q, row by row
@@ -231,4 +234,4 @@ class GMRES(LinearSolver):
             if self.check_every and used % self.check_every == 0 and not bool(active.any()):
                 break
         y = torch.linalg.solve_triangular(R[..., :used, :used], a[..., :used].unsqueeze(-1), upper=True)
-        return x + (y.mT @ U[..., :used, :]).squeeze(-2), used, broken, steps
+        return x + (y.mT @ U[..., :used, :]).squeeze(-2), used, ~active, broken, steps

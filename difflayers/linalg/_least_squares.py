@@ -317,7 +317,7 @@ def least_squares_ex(
         The minimiser with the status of every element; its residual is the norm of the KKT conditions.
     """
     solution = _solve(A, y, weights, ridge, center, equality, "ignore")
-    with torch.no_grad():
+    with torch.no_grad(), autocast_off(A):
         r = y - times(A, solution.value)
         g = times(A.mT, r if weights is None else weights * weights * r)
         if isinstance(ridge, Tensor) or ridge > 0:

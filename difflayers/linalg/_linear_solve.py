@@ -16,8 +16,8 @@ from torch import Tensor
 from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
 
-from ._autodiff import opaque
-from ._captured import constant_like, gradients_wanted, refuse_held, refuse_seen
+from ._autodiff import autocast_off, opaque, transforms_active
+from ._captured import gradients_wanted, refuse_held, refuse_probed, refuse_seen
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
 from ._operator import LinearOperator, MatrixSystem, OperatorSystem, Tag, check_matrix
@@ -129,7 +129,8 @@ def _solve(
         return Solution((rhs + nothing).to(dtype), status, status, rhs.detach().sum(-1))
     x, status, steps, residual = solve_system(system, rhs, params, init)
     if measure:
-        residual = (system.apply(params, x, False) - rhs).detach().norm(dim=-1)
+        with torch.no_grad(), autocast_off(rhs):
+            residual = torch.linalg.vector_norm(system.apply(params, x, False) - rhs, dim=-1)
     return Solution(x.to(dtype), status, steps, residual)
 
 
@@ -142,9 +143,13 @@ def _system(
         check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
         if gradients_wanted():
             refuse_held(A.matvec, "A.matvec", remedy="Pass it in `params`")
-            # on constants: a product that is differentiated all the same captured something
-            constants = tuple(constant_like(p) if p.is_floating_point() else p for p in A.params)
-            refuse_seen([A.matvec(constants, constant_like(b))], "A.matvec", remedy="Pass it in `params`")
+            operands = (*A.params, b)
+            product = lambda *p: A.matvec(p[:-1], p[-1])  # noqa: E731
+            if transforms_active():
+                refuse_probed(product, operands, "A.matvec", "Pass it in `params`")
+            else:
+                with torch.enable_grad():
+                    refuse_seen([product(*(p.detach() for p in operands))], "A.matvec", "Pass it in `params`")
         positive = bool(A.tags & Tag.POSITIVE_DEFINITE)
         if needs_symmetry and not positive:
             raise ValueError(f"A: expected tags=Tag.POSITIVE_DEFINITE for {type(solver).__name__}, got {A.tags}")
