@@ -117,7 +117,7 @@ def graph_equilibrium_ex(
         solver: Linear or fixed-point solver.
 
     Returns:
-        The equilibrium with status, steps and residual: ``(d, *batch)``, one for each linear system, without
+        The equilibrium with status, steps and residual. ``(d, *batch)``, one for each linear system, without
         activation; ``(*batch)`` with one.
     """
     problem = _Problem(edge_weights, edge_index, B, kappa, activation, solver, "nan")

@@ -48,6 +48,7 @@ from difflayers.linalg._autodiff import (
     transforms_active,
     vjp_where,
 )
+from difflayers.linalg._captured import Seen, gradients_wanted, refuse_held, refuse_probed, refuse_seen
 from difflayers.linalg._grads_batched import batched_backward
 from difflayers.linalg._system import (
     Factorise,
@@ -63,6 +64,8 @@ from difflayers.linalg._system import (
 )
 
 from ._adjoints import Implicit, Neumann, OneStep
+
+_looked_at = Seen()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -339,7 +342,19 @@ def _apply(problem: ImplicitProblem, args: Sequence[Tensor], on_failure: OnFailu
             raise ValueError(f"{name}: expected at least {k} dimensions, got shape {tuple(arg.shape)}")
     check_same((n, a) for n, a in zip(names, args, strict=True) if a.is_floating_point())
     broadcast_batch((n, tuple(a.shape[: a.ndim - k])) for n, a, k in zip(names, args, problem.arg_ndims, strict=True))
-    return Solution(*SolutionMap.apply(Task(problem, on_failure), None, *args)[:4])
+    look = gradients_wanted()
+    if look:
+        refuse_held(problem.residual, "residual")
+    solution = Solution(*SolutionMap.apply(Task(problem, on_failure), None, *args)[:4])
+    if look and not _looked_at.knows(problem.residual):
+        tensors = (solution.value, *args)
+        if transforms_active():
+            refuse_probed(problem.residual, tensors, "residual")
+        else:
+            with torch.enable_grad():  # on constants: a result with a gradient captured something
+                refuse_seen([problem.residual(*(t.detach() for t in tensors))], "residual")
+            _looked_at.remember(problem.residual)
+    return solution
 
 
 def solution_map(problem: ImplicitProblem, args: Sequence[Tensor], *, on_failure: OnFailure = "raise") -> Tensor:

@@ -24,9 +24,10 @@ from difflayers.linalg._autodiff import (
     plain_forward,
     primal,
     quick_apply,
+    transforms_active,
     vjp_where,
 )
-from difflayers.linalg._captured import gradients_wanted, refuse_held
+from difflayers.linalg._captured import gradients_wanted, refuse_held, refuse_probed, refuse_seen
 from difflayers.linalg._grads_batched import batched_backward
 
 
@@ -35,13 +36,18 @@ class _Envelope(torch.autograd.Function):
     """``f(value, *args)`` whose cotangent of the value leaves out the first order, where it is zero."""
 
     @staticmethod
-    def forward(objective: Callable[..., Tensor], count: int, *tensors: Tensor) -> Tensor:
+    def forward(objective: Callable[..., Tensor], count: int, look: bool, *tensors: Tensor) -> Tensor:
         with plain_forward(tensors[0]):
-            return objective(*tensors)
+            if not look:
+                return objective(*tensors)
+            with torch.enable_grad(), forward_mode():  # on constants: a result with a gradient captured something
+                out = objective(*(t.detach() for t in tensors))
+                refuse_seen([out], "objective")
+            return out.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.objective, ctx.count, *tensors = inputs
+        ctx.objective, ctx.count, _, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -49,13 +55,13 @@ class _Envelope(torch.autograd.Function):
     @batched_backward
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
         tensors = [alive(t) for t in ctx.saved_tensors]
-        wanted = [n and t.is_floating_point() for n, t in zip(ctx.needs_input_grad[2:], tensors, strict=True)]
+        wanted = [n and t.is_floating_point() for n, t in zip(ctx.needs_input_grad[3:], tensors, strict=True)]
         wanted[: ctx.count] = [False] * ctx.count  # the values: here they only carry the second order
         with autocast_off(g):
-            return (None, None, *vjp_where(ctx.objective, tensors, wanted, g))
+            return (None, None, None, *vjp_where(ctx.objective, tensors, wanted, g))
 
     @staticmethod
-    def jvp(ctx: Any, _o: Any, _c: Any, *tangents: Tensor | None) -> Tensor | None:
+    def jvp(ctx: Any, _o: Any, _c: Any, _l: Any, *tangents: Tensor | None) -> Tensor | None:
         with forward_mode(), autocast_off(ctx.saved_tensors[0]):
             tensors = [primal(t) for t in ctx.saved_tensors]
             moving = [None if i < ctx.count else primal(t) for i, t in enumerate(tangents)]
@@ -63,10 +69,12 @@ class _Envelope(torch.autograd.Function):
             return torch.zeros_like(ctx.objective(*tensors)) if out is None else out
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, objective: Callable[..., Tensor], count: int, *tensors: Tensor) -> Any:
-        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims[2:], strict=True)]
-        dims = tuple(None if d is None else 0 for d in in_dims[2:])
-        return _Envelope.apply(vmap(objective, in_dims=dims), count, *moved), 0
+    def vmap(
+        info: Any, in_dims: Any, objective: Callable[..., Tensor], count: int, look: bool, *tensors: Tensor
+    ) -> Any:
+        moved = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, in_dims[3:], strict=True)]
+        dims = tuple(None if d is None else 0 for d in in_dims[3:])
+        return _Envelope.apply(vmap(objective, in_dims=dims), count, look, *moved), 0
 
 
 @opaque
@@ -108,11 +116,13 @@ def envelope(objective: Callable[..., Tensor], value: Any, args: Sequence[Any]) 
     for i, t in enumerate(leaves):
         if not isinstance(t, Tensor):
             raise ValueError(f"args leaf {i}: expected a tensor, got {type(t).__name__}")
-    if gradients_wanted():
+    look, count = gradients_wanted(), len(values)
+    if look:
         refuse_held(objective, "objective")
-    count = len(values)
 
     def flat(*tensors: Tensor) -> Tensor:
         return objective(value_spec.unflatten(tensors[:count]), *spec.unflatten(tensors[count:]))
 
-    return _Envelope.apply(flat, count, *values, *leaves)
+    if look and transforms_active():
+        refuse_probed(flat, (*values, *leaves), "objective")
+    return _Envelope.apply(flat, count, look, *values, *leaves)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -217,6 +219,10 @@ class FixedPoint(nn.Module):
 
     def _bind(self, start: Any, inputs: Any) -> tuple[_Update, Any]:
         """What is iterated, and its arguments: parameters, buffers, masks, inputs."""
+        with _lock(self.module):
+            return self._bind_alone(start, inputs)
+
+    def _bind_alone(self, start: Any, inputs: Any) -> tuple[_Update, Any]:
         modes = tuple(m.training for m in self.module.modules())
         update = self._updates.get(modes)
         if update is None or update.module is not self.module:
@@ -288,10 +294,16 @@ class _Update:
         if self.constants:
             leaves, spec = optree.tree_flatten(inputs)
             inputs = spec.unflatten([self.constants.get(i, leaf) for i, leaf in enumerate(leaves)])
-        return functional_call(self.module, tensors, (z, *inputs), tie_weights=False)
+        with _lock(self.module):
+            return functional_call(self.module, tensors, (z, *inputs), tie_weights=False)
 
     @contextlib.contextmanager
     def _replaced(self, forwards: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        with _lock(self.module), self._swapped(forwards):
+            yield
+
+    @contextlib.contextmanager
+    def _swapped(self, forwards: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
         """The modes of the call, and other `forward`s for some submodules."""
         moved = [
             (m, m.training) for m, mode in zip(self.module.modules(), self.modes, strict=True) if m.training != mode
@@ -311,6 +323,15 @@ class _Update:
                 m.__dict__.pop("forward", None)
                 if before is not None:
                     m.__dict__["forward"] = before
+
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def _lock(module: nn.Module) -> Any:
+    """One lock a module: an evaluation swaps its tensors and modes, which no other thread may see."""
+    lock = _locks.get(module)
+    return _locks.setdefault(module, threading.RLock()) if lock is None else lock
 
 
 class _Draw:

@@ -86,9 +86,9 @@ class InnerProblem(ImplicitProblem):
                     watched(init)
                     watched = at
             value, info = solver.solve(kind.adapt[solver.finds](watched), init)
-            if options.get("check_coupling"):
-                if refuse_coupling(at, value, "event_ndim", kind.argument):
-                    _uncoupled.remember(*user_function)
+            looked = options.get("check_coupling") and refuse_coupling(at, value, "event_ndim", kind.argument)
+            if looked:
+                _uncoupled.remember(*user_function)
             return value, info, ()
 
         return InnerProblem(

@@ -125,8 +125,9 @@ def plain_forward(like: Tensor) -> Iterator[None]:
     ``torch.func`` refuses to run under them.
     """
     removed = []
+    top: Any = getattr(_hooks, "_top_saved_tensors_default_hooks", lambda _: None)  # before torch 2.8 they stay
     while True:
-        pair: Any = _hooks._top_saved_tensors_default_hooks(True)
+        pair: Any = top(True)
         if pair is None:
             break
         removed.append(pair)

@@ -52,7 +52,7 @@ def _finish(
     return x, Info(status.squeeze(-1), steps.squeeze(-1), (norm * length).squeeze(-1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CG(LinearSolver):
     """Conjugate gradients for symmetric positive definite maps.
 
@@ -106,7 +106,7 @@ class CG(LinearSolver):
         return _finish(x, _norm(rhs - product(x)), tol, steps, broken, length, ~active)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GMRES(LinearSolver):
     """Restarted minimal residuals for any square map.
 
