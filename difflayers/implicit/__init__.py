@@ -16,10 +16,11 @@ from ._adjoints import Implicit, Neumann, OneStep, Unrolled
 from ._anderson import Anderson
 from ._argmin import argmin, argmin_ex
 from ._bisection import Bisection
-from ._engine import ImplicitProblem, solution_map, solution_map_ex
+from ._engine import solution_map, solution_map_ex
 from ._envelope import envelope
 from ._fixed_point import fixed_point, fixed_point_ex
 from ._fixed_point_module import FixedPoint
+from ._implicit_problem import ImplicitProblem
 from ._iterate import IterativeSolver, Step
 from ._lbfgs import LBFGS
 from ._levenberg_marquardt import LevenbergMarquardt

@@ -13,12 +13,11 @@ carries its own derivative. This file is the only one above ``linalg`` that know
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from difflayers._checks import broadcast_batch, check_finite, check_same
 from difflayers._solution import (
@@ -32,18 +31,14 @@ from difflayers._solution import (
     settle,
     timed,
 )
-from difflayers.linalg import LinearSolver
 from difflayers.linalg._autodiff import (
     alive,
     autocast_off,
     forward_mode,
     jvp_where,
-    linearise,
     opaque,
     plain_forward,
     primal,
-    pullback,
-    push_forward,
     quick_apply,
     transforms_active,
     vjp_where,
@@ -52,8 +47,6 @@ from difflayers.linalg._captured import Seen, gradients_wanted, refuse_held, ref
 from difflayers.linalg._grads_batched import batched_backward
 from difflayers.linalg._system import (
     Factorise,
-    LinearSystem,
-    Params,
     SystemSolve,
     align,
     expand_mask,
@@ -63,115 +56,9 @@ from difflayers.linalg._system import (
     unless_all_failed,
 )
 
-from ._adjoints import Implicit, Neumann, OneStep
+from ._implicit_problem import AuthorSolver, ImplicitProblem, Recorded, ResidualSystem
 
 _looked_at = Seen()
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ImplicitProblem:
-    """An inner problem as the engine sees it: what a solution is, how to find one, how to solve with its Jacobian.
-
-    Args:
-        solve: ``(*args) -> (value, Info, factors)`` on plain tensors; may branch on data, records no gradient, treats
-            each batch element alone. `factors` is a tuple of tensors kept for `linear_solve` (empty if none).
-        residual: ``(value, *args) -> like value``, zero at a solution. Plain torch, each batch element alone, batch
-            dimensions broadcast.
-        linear_solve: ``(value, args, factors, rhs, transpose) -> (x, Info)`` with ``(dF/dvalue) x = rhs`` or its
-            transpose; numbers only, it is never differentiated itself. None: the adjoint's own solver.
-        value_ndim: Trailing dimensions of the value that make one unknown.
-        arg_ndims: The same for every argument.
-        factor_ndims: The same for every factor.
-        adjoint: ``Implicit``, ``Neumann`` or ``OneStep``; used where `linear_solve` is None.
-        symmetric: The Jacobian is a Hessian.
-        jacobian_product: ``(value, args, v, transpose) -> A v``, differentiable, to replace the Jacobian of the
-            residual by an approximation of it. None: the exact Jacobian.
-        name: The layer, in messages and traces.
-        arg_names: Names of the arguments in messages.
-    """
-
-    solve: Callable[..., tuple[Tensor, Info, Params]]
-    residual: Callable[..., Tensor]
-    linear_solve: Callable[..., tuple[Tensor, Info]] | None = None
-    value_ndim: int
-    arg_ndims: tuple[int, ...] | None
-    factor_ndims: tuple[int, ...] = ()
-    adjoint: Implicit | Neumann | OneStep = field(default_factory=Implicit)
-    symmetric: bool = False
-    jacobian_product: Callable[..., Tensor] | None = None
-    name: str = "solution_map"
-    arg_names: tuple[str, ...] = ()
-
-    def lift(self, in_dims: tuple[int | None, ...]) -> ImplicitProblem:
-        """The problem under one more ``vmap``, for ``arg_ndims=None`` (see ``_problem.py``)."""
-        raise TypeError("arg_ndims: expected one number per argument, got None")
-
-
-@dataclass(frozen=True, eq=False)
-class ResidualSystem(LinearSystem):
-    """``A = dF/dvalue`` at ``params = (value, *args)``, acting on flattened events."""
-
-    problem: ImplicitProblem = None  # type: ignore[assignment]
-
-    def apply(self, params: Params, v: Tensor, transpose: bool) -> Tensor:
-        problem = self.problem
-        value, *args = params
-        k = value.ndim - problem.value_ndim
-        batch = torch.broadcast_shapes(value.shape[:k], v.shape[: v.ndim - self.vector_ndim])
-        # expanded before vjp: a batched vector needs a batched value
-        value = value.expand((*batch, *value.shape[k:]))
-        y = v.expand((*batch, *v.shape[v.ndim - self.vector_ndim :])).reshape(value.shape)
-        if problem.jacobian_product is not None:
-            out = problem.jacobian_product(value, tuple(args), y, transpose)
-        elif transpose:
-            out = pullback(lambda z: problem.residual(z, *args), value)[1](y)[0]
-        else:
-            out = push_forward(lambda z: problem.residual(z, *args), [value], [y])
-        return out.reshape(*batch, *v.shape[v.ndim - self.vector_ndim :])
-
-    def operator(self, params: Params, like: Tensor, transpose: bool) -> Callable[[Tensor], Tensor]:
-        problem = self.problem
-        if problem.jacobian_product is not None:
-            return lambda v: self.apply(params, v, transpose)
-        value, *args = params
-        k = value.ndim - problem.value_ndim
-        value = value.expand((*like.shape[:-1], *value.shape[k:]))
-        residual = lambda z: problem.residual(z, *args)  # noqa: E731
-        if transpose:  # one graph, one backward pass a product
-            _, pull = pullback(residual, value, record=False)
-            return lambda v: pull(v.reshape(value.shape))[0].reshape(v.shape)
-        _, push = linearise(residual, value)
-        return lambda v: push(v.reshape(value.shape)).reshape(v.shape)
-
-    def matrix(self, params: Params, like: Tensor) -> Tensor:
-        n, problem = like.shape[-1], self.problem
-        if problem.jacobian_product is not None:
-            return LinearSystem.matrix(self, params, like)
-        value, *args = params
-        batch, event = value.shape[: value.ndim - problem.value_ndim], value.shape[value.ndim - problem.value_ndim :]
-        eye = torch.eye(n, dtype=value.dtype, device=value.device)
-        if problem.arg_ndims is not None and not transforms_active():
-            # batch dimensions broadcast: n copies of the value, one backward pass
-            copies = value.expand((n, *value.shape))
-            units = eye.reshape((n, *[1] * len(batch), *event)).expand((n, *value.shape))
-            rows = pullback(lambda z: problem.residual(z, *args), copies)[1](units)[0]
-        else:
-            _, pull = pullback(lambda z: problem.residual(z, *args), value)
-            rows = vmap(lambda e: pull(e.reshape(event).expand_as(value))[0], out_dims=0)(eye)
-        return rows.reshape((n, *batch, n)).movedim(0, -2)
-
-
-@dataclass(frozen=True)
-class AuthorSolver(LinearSolver):
-    """The layer's own structured adjoint, fed with the factors of its forward pass."""
-
-    problem: ImplicitProblem
-
-    def solve(
-        self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
-    ) -> tuple[Tensor, Info]:
-        assert self.problem.linear_solve is not None
-        return self.problem.linear_solve(params[0], params[1:], factors, rhs, transpose)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,13 +159,13 @@ class SolutionMap(torch.autograd.Function):
 
     @staticmethod
     def linear_solve(
-        ctx: Any, transpose: bool, g: Tensor, value: Tensor, masked: Any, factors: Any, args: Any
+        ctx: Any, transpose: bool, g: Tensor, value: Tensor, masked: Any, factors: Any, args: Any, recorded: Any = None
     ) -> Tensor:
         """``A^-1 g`` or ``A^-T g``, failed elements exactly zero unless somebody asks for them."""
         if g.numel() == 0:
             return g.clone()
         task: Task = ctx.task
-        system = task.system(value)
+        system = replace(task.system(value), recorded=recorded)
         k = task.problem.value_ndim
         rhs = task.to_vector(g if masked is None else torch.where(expand_mask(masked[0], k), 0, g))
         if task.problem.linear_solve is None and system.factor_ndims:
@@ -295,9 +182,15 @@ class SolutionMap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
         value, masked, factors, args = SolutionMap.unpack(ctx)
         with listening(ctx.listeners), autocast_off(value):
-            v = SolutionMap.linear_solve(ctx, True, g, value, masked, factors, args)
+            residual = ctx.task.problem.residual
             wanted = [n and a.is_floating_point() for n, a in zip(ctx.needs_input_grad[2:], args, strict=True)]
-            grads = vjp_where(lambda *a: ctx.task.problem.residual(value, *a), args, wanted, -v)
+            if torch.is_grad_enabled() or transforms_active() or g.numel() == 0:
+                v = SolutionMap.linear_solve(ctx, True, g, value, masked, factors, args)
+                grads = vjp_where(lambda *a: residual(value, *a), args, wanted, -v)
+            else:
+                recorded = Recorded.at(residual, value, args, wanted)
+                v = SolutionMap.linear_solve(ctx, True, g, value, masked, factors, args, recorded)
+                grads = recorded.cotangents(-v)
             if masked is not None:
                 grads = unless_all_failed(grads, g, masked[0], ctx.task.problem.value_ndim)
         return (None, None, *grads)

@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from difflayers._checks import compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
-from difflayers.linalg._autodiff import plain
+from difflayers.linalg._autodiff import physical, plain
 
 from ._adjoints import Adjoint, Implicit
 from ._anderson import Anderson
@@ -282,7 +282,8 @@ class _Update:
                 f"changes `{changed[0]}` in every evaluation, of which a solve makes many; call .eval() on it (for "
                 "torch's spectral_norm: use spectral_normalization=)"
             )
-        if not torch.equal(before, _random_state(device)):
+        drawn = not torch.equal(before, _random_state(device))  # perhaps by another thread: then nothing changes
+        if drawn and not _equal(out, self._call(z, {**parameters, **copies}, inputs)):
             raise ValueError(
                 "module: expected the same result in every evaluation, got one that draws random numbers (dropout "
                 "outside nn.Dropout, noise?): draw them outside and pass them as an input, or call .eval()"
@@ -323,6 +324,11 @@ class _Update:
                 m.__dict__.pop("forward", None)
                 if before is not None:
                     m.__dict__["forward"] = before
+
+
+def _equal(a: Any, b: Any) -> bool:
+    pairs = zip(optree.tree_leaves(a), optree.tree_leaves(b), strict=True)
+    return all(torch.equal(physical(x), physical(y)) for x, y in pairs)
 
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()

@@ -14,7 +14,7 @@ from difflayers.linalg import GMRES, LU, QR, LinearSolver
 from difflayers.linalg._autodiff import transforms_active
 from difflayers.linalg._linear_solve import DENSE_LIMIT
 
-from ._engine import ImplicitProblem, ResidualSystem
+from ._implicit_problem import ImplicitProblem, ResidualSystem
 from ._iterate import Function, IterativeSolver, Step, size
 
 _SHORTEST = 1e-7  # a step this short that still does not reduce the residual: there is no root downhill

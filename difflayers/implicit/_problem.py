@@ -20,7 +20,8 @@ from difflayers.linalg._autodiff import autocasting, forward_mode, opaque, trans
 from difflayers.linalg._captured import Seen, gradients_wanted, refuse_coupling, refuse_held, refuse_probed, refuse_seen
 
 from ._adjoints import Adjoint, OneStep, Unrolled
-from ._engine import ImplicitProblem, SolutionMap, Task
+from ._engine import SolutionMap, Task
+from ._implicit_problem import ImplicitProblem
 from ._iterate import Function, IterativeSolver
 from ._unrolled import solve_unrolled
 

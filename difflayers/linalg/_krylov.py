@@ -153,7 +153,7 @@ class GMRES(LinearSolver):
             d = precondition(params, r)
             r_new = r - product(d)
             norm_new = _norm(r_new)
-            ratio = norm_new / torch.where(norm > 0, norm, 1)
+            ratio = norm_new / norm  # where norm is 0 the element has ended
             steps = steps + plain
             stay = plain & ((ratio < 0.1) | (norm_new * ratio**_PLAIN <= tol))
             plain = stay & (norm_new > tol)
