@@ -54,7 +54,8 @@ def argmin(
             dimensions instead of vmapping the code, and a failed element is fully separated from the others.
         solver: ``LBFGS()``, or a root solver, ``Newton()``, applied to the gradient (it also accepts saddles).
         adjoint: ``Implicit()``, ``Neumann(terms)`` or ``Unrolled(max_steps)``.
-        on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone) or ``"ignore"``.
+        on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone; without `arg_ndims` a failed element may
+            still reach the gradients of shared arguments) or ``"ignore"``.
 
     Returns:
         The solution, with the structure of `init`.

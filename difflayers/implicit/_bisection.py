@@ -33,6 +33,7 @@ class Bisection(IterativeSolver):
     upper: float | None = None
 
     finds: ClassVar[str] = "root"
+    differentiable: ClassVar[bool] = False  # its iterates depend on signs alone
 
     def start(self, function: Function, z: Tensor) -> Any:
         """The bracket."""

@@ -109,9 +109,10 @@ class SolutionMap(torch.autograd.Function):
 
         def solve() -> tuple[Any, Info]:
             value, info, factors = problem.solve(*args) if init is None else problem.solve(init, *args)
-            if any(value.data_ptr() == a.data_ptr() for a in args):  # a projection of an inside point is the point
-                value = value.clone()
-            return (value, factors), info
+            given = {a.untyped_storage().data_ptr() for a in args}
+            # a projection of an inside point is the point; torch wants outputs of their own
+            own = [t.clone() if t.untyped_storage().data_ptr() in given else t for t in (value, *factors)]
+            return (own[0], own[1:]), info
 
         with plain_forward(args[0] if init is None else init):
             (value, factors), info = timed(problem.name, "forward", solve)

@@ -52,7 +52,8 @@ def fixed_point(
             instead of vmapping the code, and a failed element is fully separated from the others.
         solver: ``Anderson()``, ``Picard()``, or a root solver, ``Newton()``, applied to ``z - T(z)``.
         adjoint: ``Implicit()``, ``Neumann(terms)``, ``OneStep()`` or ``Unrolled(max_steps)``.
-        on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone) or ``"ignore"``.
+        on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone; without `arg_ndims` a failed element may
+            still reach the gradients of shared arguments) or ``"ignore"``.
 
     Returns:
         The solution, with the structure of `init`.

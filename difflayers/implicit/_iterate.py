@@ -16,6 +16,7 @@ from torch import Tensor
 
 from difflayers._checks import default_rtol
 from difflayers._solution import Info, Status
+from difflayers.linalg._system import norm
 
 Function = Callable[[Tensor], Tensor]
 
@@ -55,6 +56,8 @@ class IterativeSolver:
 
     finds: ClassVar[str] = "root"
     keeps_best: ClassVar[bool] = False
+    differentiable: ClassVar[bool] = True
+    floors: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
@@ -115,12 +118,14 @@ def iterate(solver: IterativeSolver, function: Function, z: Tensor) -> tuple[Ten
     assert stored is not None and first is not None
     runaway = stored.active & (stored.error > _RUNAWAY * first)
     status = torch.where(stored.active, int(Status.MAX_STEPS), stored.status)
-    return stored.final, Info(_not_finite(status, stored.error, runaway), stored.steps, stored.error)
+    return stored.final, Info(_not_finite(status, stored.error, runaway), stored.steps, stored.error.to(z.dtype))
 
 
 def _floor(solver: IterativeSolver, s: Step) -> Tensor:
     """The part of the tolerance that does not follow the iterate."""
-    return s.scale * (4 * torch.finfo(s.scale.dtype).eps) + solver.atol
+    if not solver.floors:
+        return torch.full_like(s.scale, solver.atol)
+    return s.scale * (4 * torch.finfo(s.z.dtype).eps) + solver.atol
 
 
 def _verdict(s: Step, floor: Tensor, rtol: float) -> tuple[Tensor, Tensor | None]:
@@ -219,9 +224,9 @@ def unroll(solver: IterativeSolver, function: Function, z: Tensor, max_steps: in
         state = s.state
     assert result is not None and error is not None
     status = torch.where(active, int(Status.MAX_STEPS), status)
-    return result, Info(_not_finite(status, error), steps, error)
+    return result, Info(_not_finite(status, error), steps, error.to(z.dtype))
 
 
 def size(z: Tensor) -> Tensor:
     """Euclidean norm of each event."""
-    return torch.linalg.vector_norm(z, dim=-1)
+    return norm(z)

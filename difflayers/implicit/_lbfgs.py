@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from difflayers._checks import default_rtol
 from difflayers._solution import Info, Status
 from difflayers.linalg._autodiff import pullback
 
@@ -26,8 +27,9 @@ class _State(NamedTuple):
     S: Tensor  # (*batch, history, n) steps, newest last
     Y: Tensor  # (*batch, history, n) changes of the gradient
     rho: Tensor  # (*batch, history) 1 / <s, y>; 0 for an empty slot
-    largest: Tensor  # largest gradient norm seen
-    stiffness: Tensor  # ||y|| / ||s|| of the newest pair
+    stiffness: Tensor  # ||y|| / ||s|| of the newest pair, or of a short trial
+    moved: Tensor  # ||s|| of the newest pair
+    travel: Tensor  # largest ||z|| and ||s|| seen
 
 
 def value_and_gradient(objective: Function, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,8 +48,8 @@ class LBFGS(IterativeSolver):
     """Limited-memory BFGS with a weak-Wolfe bisection search; the default for :func:`argmin`.
 
     Every element runs its own line search: one step is one trial, so no element waits for another. Stops at
-    ``||grad|| <= atol + rtol * max(largest ||grad|| seen, curvature * ||z||)``. Events up to 64 numbers end with at
-    most two Newton steps, kept where they reduce the gradient.
+    ``||grad|| <= atol + rtol * curvature * ||z||``, the curvature being that along the last step, if it was short.
+    Events up to 64 numbers end with at most two Newton steps, kept where they reduce the gradient.
 
     Args:
         history: Number of remembered steps.
@@ -62,6 +64,7 @@ class LBFGS(IterativeSolver):
     history: int = 8
 
     finds: ClassVar[str] = "minimum"
+    floors: ClassVar[bool] = False  # the gradient at a steep start says nothing of the one at the minimum
 
     def start(self, function: Function, z: Tensor) -> Any:
         """Steepest descent with a first trial as long as the point is far from zero."""
@@ -71,7 +74,7 @@ class LBFGS(IterativeSolver):
         first = size(z).clamp_min(1.0) / torch.where(norm > 0, norm, 1)
         zero = torch.zeros_like(f)
         return _State(
-            f, g, -g, first, zero, zero + math.inf, memory, memory, memory[..., 0], norm, zero
+            f, g, -g, first, zero, zero + math.inf, memory, memory, memory[..., 0], zero, zero + math.inf, size(z)
         )  # fmt: skip
 
     def step(self, function: Function, z: Tensor, state: Any, k: int) -> Step:
@@ -95,15 +98,20 @@ class LBFGS(IterativeSolver):
         S, Y = _push(s.S, pair_s, usable), _push(s.Y, pair_y, usable)
         inverse = 1 / torch.where(usable, product, 1)
         rho = _push(s.rho.unsqueeze(-1), inverse.unsqueeze(-1), usable).squeeze(-1)
-        stiffness = torch.where(
-            usable, size(pair_y.detach()) / torch.where(usable, size(pair_s.detach()), 1), s.stiffness
-        )
+        length = size(pair_s.detach())
+        # curvature is that of the neighbourhood only where the pair is: an accepted step, or a short rejected one
+        local = usable | (torch.isfinite(f) & (length <= 0.01 * size(z.detach())))
+        stiffness = torch.where(local, size(pair_y.detach()) / torch.where(length > 0, length, 1), s.stiffness)
+        moved = torch.where(local, length, torch.where(accept, length, s.moved))
         keep = accept.unsqueeze(-1)
         z_next, g_next, f_next = torch.where(keep, trial, z), torch.where(keep, g, s.g), torch.where(accept, f, s.f)
         p = torch.where(keep, -_two_loops(g_next, S, Y, rho), s.p)
         p = torch.where(((p * g_next).sum(-1) < 0).unsqueeze(-1), p, -g_next)
-        largest = torch.maximum(s.largest, size(g_next.detach()))
-        scale = torch.maximum(largest, stiffness * size(z_next.detach()))
+        travel = torch.maximum(s.travel, torch.maximum(size(z_next.detach()), torch.where(usable, length, 0)))
+        # a long step says nothing of the curvature where it ended; rounding is that of the numbers passed on the way
+        here = torch.where(moved <= 0.01 * travel, stiffness, 0)
+        rounding = 4 * torch.finfo(z.dtype).eps / (default_rtol(self.rtol, z.dtype) or 1)
+        scale = here * (size(z_next.detach()) + rounding * travel)
         stuck = ~accept & (trial == z).all(-1)
         # down all the way to where numbers end
         far = s.t * size(s.p.detach()) > torch.finfo(z.dtype).max ** 0.4
@@ -112,14 +120,19 @@ class LBFGS(IterativeSolver):
         new = _State(
             f_next, g_next, p,
             torch.where(accept, 1.0, retry), torch.where(accept, 0.0, lower), torch.where(accept, math.inf, upper),
-            S, Y, rho, largest, stiffness,
+            S, Y, rho, stiffness, moved, travel,
         )  # fmt: skip
-        return Step(z_next, new, z_next, size(g_next.detach()), scale, status)
+        # a quasi-Newton step below the rounding of the numbers on the way: nothing is left to do
+        rounded = torch.isfinite(moved) & (size(p.detach()) <= 8 * torch.finfo(z.dtype).eps * travel)
+        error = torch.where(rounded, 0, size(g_next.detach()))
+        return Step(z_next, new, z_next, error, scale, status)
 
     def solve(self, function: Function, z: Tensor) -> tuple[Tensor, Info]:
         """Runs to the tolerance, then sharpens small events."""
         z, info = iterate(self, function, z)
-        return (z if self.check_every is None else polish(gradient_of(function), z)), info
+        if self.check_every is None:
+            return z, info
+        return polish(gradient_of(function), z, info, default_rtol(self.rtol, z.dtype))
 
 
 def _push(memory: Tensor, new: Tensor, where: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ r"""Levenberg-Marquardt: :math:`(J^T J + \mu\,\mathrm{diag}(J^T J))\,d = -J^T r`
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from difflayers._checks import default_rtol
 from difflayers._solution import Info
 from difflayers.linalg._autodiff import linearise, pullback
 
@@ -85,10 +87,13 @@ class LevenbergMarquardt(IterativeSolver):
         mu_next = torch.where(accept, (mu / 5).clamp_min(1e-14), (mu * 4).clamp_max(1e14))
         z_next = torch.where(accept.unsqueeze(-1), trial, z)
         # the whole step is NaN where the element is: let its error say so
-        error = size(d) * (1 + mu)
+        # a step is short under strong damping wherever it is: no verdict there
+        error = torch.where(mu > 1, math.inf, size(d.detach()) * (1 + mu))
         return Step(z_next, mu_next, z_next, error, size(z))
 
     def solve(self, function: Function, z: Tensor) -> tuple[Tensor, Info]:
         """Runs to the tolerance, then sharpens small events."""
         z, info = iterate(self, function, z)
-        return (z if self.check_every is None else polish(stationarity(function), z)), info
+        if self.check_every is None:
+            return z, info
+        return polish(stationarity(function), z, info, default_rtol(self.rtol, z.dtype))

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from difflayers._solution import Status
-from difflayers.linalg import GMRES, LU, QR, LinearSolver
+from difflayers._solution import Info, Status
+from difflayers.linalg import GMRES, LU, LinearSolver
 from difflayers.linalg._autodiff import transforms_active
 from difflayers.linalg._linear_solve import DENSE_LIMIT
 
@@ -27,7 +27,7 @@ def newton_direction(
     problem = ImplicitProblem(solve=_never, residual=function, value_ndim=1, arg_ndims=None)
     solver = linear_solver or (LU() if z.shape[-1] <= DENSE_LIMIT else GMRES())
     system = ResidualSystem(solver, (1,), problem=problem)
-    if isinstance(solver, LU | QR) and (torch.is_grad_enabled() or transforms_active()):
+    if torch.is_grad_enabled() or transforms_active():
         # unrolled: by the inverse, because torch's own rules for triangular solves go wrong under vmap(hessian)
         inverse, info = torch.linalg.inv_ex(system.matrix((z,), z))
         return (inverse @ r.unsqueeze(-1)).squeeze(-1), torch.where(info != 0, int(Status.SINGULAR), 0)
@@ -92,15 +92,24 @@ class Newton(IterativeSolver):
         )
 
 
-def polish(function: Function, z: Tensor, steps: int = 2) -> Tensor:
-    """Newton steps on a residual that is almost zero, kept per element only where they reduce it."""
+def polish(function: Function, z: Tensor, info: Info, rtol: float, steps: int = 2) -> tuple[Tensor, Info]:
+    """Newton steps on a residual that is almost zero, for converged elements, kept only where they reduce it.
+
+    A first step that is not small shows that the element had not converged after all.
+    """
+    converged = info.status == Status.CONVERGED
     if z.shape[-1] > DENSE_LIMIT or z.numel() == 0:
-        return z
+        return z, info
     r = function(z)
-    for _ in range(steps):
+    start = size(r)
+    for k in range(steps):
         delta, status = newton_direction(function, z, r, LU())
+        if k == 0:
+            far = converged & (status == 0) & (size(delta) > rtol**0.5 * size(z)) & (size(delta) > rtol)
         trial = z - delta
         r_trial = function(trial)
-        better = ((size(r_trial) < size(r)) & (status == 0)).unsqueeze(-1)
-        z, r = torch.where(better, trial, z), torch.where(better, r_trial, r)
-    return z
+        better = converged & ~far & (size(r_trial) < size(r)) & (status == 0)
+        z = torch.where(better.unsqueeze(-1), trial, z)
+        r = torch.where(better.unsqueeze(-1), r_trial, r)
+    residual = torch.where(size(r) < start, size(r), info.residual)
+    return z, Info(torch.where(far, int(Status.MAX_STEPS), info.status), info.steps, residual)

@@ -81,7 +81,8 @@ def nonlinear_least_squares(
         solver: ``LevenbergMarquardt()``, or a minimiser or root solver.
         curvature: ``Exact()``, or ``GaussNewton()``, which is biased wherever the residual is not zero.
         adjoint: ``Implicit()``, ``Neumann(terms)`` or ``Unrolled(max_steps)``.
-        on_failure: ``"raise"``, ``"nan"`` or ``"ignore"``.
+        on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone; without `arg_ndims` a failed element may
+            still reach the gradients of shared arguments) or ``"ignore"``.
 
     Returns:
         The minimiser, with the structure of `init`.

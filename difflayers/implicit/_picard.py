@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ._iterate import Function, IterativeSolver, Step, size
+from difflayers.linalg._system import wide_norm
+
+from ._iterate import Function, IterativeSolver, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,4 +38,4 @@ class Picard(IterativeSolver):
         move = new - z
         if self.damping != 1.0:
             new = z + self.damping * move
-        return Step(new, None, new, size(move.detach()), size(new.detach()))
+        return Step(new, None, new, wide_norm(move.detach()), wide_norm(new.detach()))

@@ -82,7 +82,7 @@ class InnerProblem(ImplicitProblem):
             at = lambda z: function(z, *args)  # noqa: E731
             init, watched = init.detach().clone(), at  # a solve that ends where it starts returns no alias
             if check_capture:
-                watched = _watch_first(at, kind.argument)
+                watched = _watch_first(at, kind.argument, args)
                 if not kind.like_unknown:  # the solver sees derivatives of it, where nothing could be told
                     watched(init)
                     watched = at
@@ -102,7 +102,8 @@ class InnerProblem(ImplicitProblem):
             solve=solve,
             residual=kind.residual(function),
             value_ndim=1,
-            symmetric=kind.symmetric,
+            # a root of the gradient may be a saddle, where the Hessian is not definite
+            symmetric=kind.symmetric and solver.finds != "root",
             jacobian_product=None if curvature is None else curvature(function),
             name=kind.name,
             **options,
@@ -128,8 +129,11 @@ def same(function: Function) -> Function:
     return function
 
 
-def _watch_first(function: Function, argument: str) -> Function:
-    """`function`, first evaluated under grad mode on constants: a result with a gradient captured something."""
+def _watch_first(function: Function, argument: str, args: Sequence[Tensor]) -> Function:
+    """`function`, first evaluated under grad mode on constants: a result with a gradient captured something.
+
+    What it is given must be left alone, too: the solver still needs the iterate, and the caller the arguments.
+    """
     fresh = True
 
     def watched(z: Tensor) -> Tensor:
@@ -137,9 +141,14 @@ def _watch_first(function: Function, argument: str) -> Function:
         if not fresh:
             return function(z)
         fresh = False
+        versions = [t._version for t in (z, *args)]
         with torch.enable_grad(), forward_mode():
             out = function(z)
             refuse_seen([out], argument)
+        if versions != [t._version for t in (z, *args)]:
+            raise ValueError(
+                f"{argument}: expected a function that leaves its arguments alone, got one that writes into them"
+            )
         return out.detach()
 
     return watched
@@ -306,6 +315,8 @@ def solve_inner(
         raise ValueError(f"solver: expected one that finds a {' or '.join(kind.adapt)}, got {type(solver).__name__}")
     if isinstance(adjoint, OneStep) and not kind.one_step:
         raise ValueError(f"adjoint: expected Implicit, Neumann or Unrolled for {kind.name}, got OneStep()")
+    if isinstance(adjoint, Unrolled) and not solver.differentiable:
+        raise ValueError(f"adjoint: expected Implicit or Neumann for {type(solver).__name__}, got Unrolled")
     unknown, arguments = Unknown(init, event_ndim), Arguments(args, arg_ndims)
     lift = autocasting(unknown.leaves[0])  # activations are halved there, weights are not
     same_dtype = [("init", unknown.leaves[0]), *zip(arguments.names, arguments.tensors, strict=True)]

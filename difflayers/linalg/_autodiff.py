@@ -217,6 +217,15 @@ def physical(t: Tensor) -> Tensor:
     return t.detach()
 
 
+def sample(t: Tensor) -> Tensor:
+    """A plain tensor with the shape `t` has at this level, and its numbers: the first of every vmapped dimension."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        dim = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else None
+        t = _functorch.get_unwrapped(t)
+        t = t if dim is None else t.select(dim, 0)
+    return t.detach()
+
+
 def quick_apply(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """Class decorator: binds the signature of `forward` once; ``apply`` would inspect it at every call."""
     function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from ._autodiff import transforms_active
+from ._autodiff import sample, transforms_active
 
 _functorch = torch._C._functorch
 
@@ -89,21 +89,9 @@ def gradients_wanted() -> bool:
     return torch.is_grad_enabled() or transforms_active()
 
 
-def constant_like(t: Tensor) -> Tensor:
-    """A plain tensor with the shape one sample of `t` has at this level; where it is square, positive definite."""
-    constant = torch.full(t.shape, 0.5, dtype=torch.float32, device=t.device)
-    if t.ndim > 1 and t.shape[-1] == t.shape[-2]:
-        constant = constant + torch.eye(t.shape[-1], dtype=torch.float32, device=t.device)
-    return constant.to(t.dtype)
-
-
 def refuse_probed(function: Callable[..., Tensor], tensors: Sequence[Tensor], argument: str, remedy: str = "") -> None:
     """One evaluation on constants: inside a ``torch.func`` transform a captured tensor shows in the result."""
-    try:
-        out = function(*(constant_like(t) for t in tensors))
-    except Exception:  # constants need not suit the function; then its closure is all there is to look at
-        return
-    refuse_seen([out], argument, remedy or _REMEDY)
+    refuse_seen([function(*map(sample, tensors))], argument, remedy or _REMEDY)
 
 
 def refuse_held(function: Any, argument: str, remedy: str = _REMEDY) -> None:

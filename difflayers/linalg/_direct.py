@@ -47,9 +47,9 @@ def _one_batch(t: Tensor, batch: torch.Size, event_ndim: int) -> Tensor:
     return t.expand((*batch, *event)).reshape((-1, *event))
 
 
-def _row_scale(A: Tensor) -> Tensor:
-    """The largest magnitude of every row, 1 for rows of zeros: equilibration makes the pivot test scale-free."""
-    scale = torch.linalg.vector_norm(A, math.inf, dim=-1)
+def _scale(A: Tensor, dim: int) -> Tensor:
+    """The largest magnitude along `dim`, 1 where all are zero: equilibration makes the singularity test scale-free."""
+    scale = torch.linalg.vector_norm(A, math.inf, dim=dim)
     return torch.where(scale > 0, scale, 1)
 
 
@@ -60,14 +60,20 @@ def tiny_pivots(pivots: Tensor, columns: Tensor) -> Tensor:
     return ~(pivots.abs() > noise).all(-1)
 
 
-def _no_digit_left(y: Tensor, rhs: Tensor, columns: Tensor, transpose: bool) -> Tensor:
-    """Per element: the solution is so large that rounding alone explains the right-hand side.
+def _no_digit_left(
+    solve: Callable[[Tensor], Tensor], solve_transposed: Callable[[Tensor], Tensor], A: Tensor
+) -> Tensor:
+    """Per element: eps times the condition number (in the 1-norm, estimated) exceeds one half.
 
-    Pivots of a singular matrix are not always small enough to tell; this is.
+    Two solves with the fresh factors, as in LAPACK's gecon. Pivots of a singular matrix are not always small enough to
+    tell.
     """
-    y, rhs = (y, rhs / columns) if transpose else (y * columns, rhs)
-    n = y.shape[-1]
-    return 4 * n**0.5 * torch.finfo(y.dtype).eps * y.abs().amax(-1) > rhs.abs().amax(-1)
+    n = A.shape[-1]
+    signs = 1 - 2 * (torch.arange(n, device=A.device) % 2).to(A.dtype)  # +1, -1, ...
+    largest = solve_transposed(solve(signs.expand(A.shape[:-1]) / n).sign())
+    inverse = torch.linalg.vector_norm(largest, math.inf, dim=-1)
+    size = torch.linalg.vector_norm(A, 1, dim=-2).amax(-1)
+    return ~(inverse * size * torch.finfo(A.dtype).eps < 0.5)
 
 
 @dataclass(frozen=True)
@@ -81,25 +87,27 @@ class LU(LinearSolver):
 
     def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
         A = system.matrix(params, like)
-        scale = _row_scale(A)
-        scaled = A / scale.unsqueeze(-1)
-        factors, pivots, _ = torch.linalg.lu_factor_ex(scaled)
-        columns = torch.linalg.vector_norm(scaled, math.inf, dim=-2)
-        singular = tiny_pivots(factors.diagonal(dim1=-2, dim2=-1), columns)
-        return factors, pivots, scale, columns, singular
+        rows = _scale(A, -1)
+        scaled = A / rows.unsqueeze(-1)
+        columns = _scale(scaled, -2)
+        scaled = scaled / columns.unsqueeze(-2)
+        lu, pivots, info = torch.linalg.lu_factor_ex(scaled)
+        singular = (info != 0) | _no_digit_left(
+            lambda b: self._solve(lu, pivots, b, False), lambda b: self._solve(lu, pivots, b, True), scaled
+        )
+        return lu, pivots, rows, columns, singular
+
+    @staticmethod
+    def _solve(lu: Tensor, pivots: Tensor, b: Tensor, transpose: bool) -> Tensor:
+        solve = lambda lu, pivots, b: torch.linalg.lu_solve(lu, pivots, b, adjoint=transpose)  # noqa: E731
+        return solve_columns(solve, (lu, pivots), (2, 1), b)
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
     ) -> tuple[Tensor, Info]:
-        lu, pivots, scale, columns, singular = factors
-        if not transpose:
-            rhs = rhs / scale
-        x = solve_columns(
-            lambda lu, pivots, b: torch.linalg.lu_solve(lu, pivots, b, adjoint=transpose), (lu, pivots), (2, 1), rhs
-        )
-        singular = singular | _no_digit_left(x, rhs, columns, transpose)
-        if transpose:
-            x = x / scale
+        lu, pivots, rows, columns, singular = factors
+        before, after = (columns, rows) if transpose else (rows, columns)
+        x = self._solve(lu, pivots, rhs / before, transpose) / after
         return x, direct_info(singular, x, 1)
 
 
@@ -138,22 +146,26 @@ class QR(LinearSolver):
 
     def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
         A = system.matrix(params, like)
-        scale = _row_scale(A)
-        scaled = A / scale.unsqueeze(-1)
+        rows = _scale(A, -1)
+        scaled = A / rows.unsqueeze(-1)
+        columns = _scale(scaled, -2)
+        scaled = scaled / columns.unsqueeze(-2)
         Q, R = torch.linalg.qr(scaled)
-        columns = torch.linalg.vector_norm(scaled, dim=-2)
-        return Q, R, scale, columns, tiny_pivots(R.diagonal(dim1=-2, dim2=-1), columns)
+        singular = _no_digit_left(lambda b: self._solve(Q, R, b, False), lambda b: self._solve(Q, R, b, True), scaled)
+        return Q, R, rows, columns, singular
 
-    def solve(
-        self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
-    ) -> tuple[Tensor, Info]:
-        Q, R, scale, columns, singular = factors
-        rhs = rhs if transpose else rhs / scale
+    @staticmethod
+    def _solve(Q: Tensor, R: Tensor, b: Tensor, transpose: bool) -> Tensor:
         if transpose:
             solve = lambda Q, R, b: Q @ torch.linalg.solve_triangular(R.mT, b, upper=False)  # noqa: E731
         else:
             solve = lambda Q, R, b: torch.linalg.solve_triangular(R, Q.mT @ b, upper=True)  # noqa: E731
-        x = solve_columns(solve, (Q, R), (2, 2), rhs)
-        singular = singular | _no_digit_left(x, rhs, columns, transpose)
-        x = x / scale if transpose else x
+        return solve_columns(solve, (Q, R), (2, 2), b)
+
+    def solve(
+        self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
+    ) -> tuple[Tensor, Info]:
+        Q, R, rows, columns, singular = factors
+        before, after = (columns, rows) if transpose else (rows, columns)
+        x = self._solve(Q, R, rhs / before, transpose) / after
         return x, direct_info(singular, x, 1)

@@ -13,6 +13,7 @@ from difflayers._checks import default_rtol
 from difflayers._solution import Info, Status
 
 from ._system import LinearSolver, LinearSystem, Params
+from ._system import norm as safe_norm
 
 _PLAIN = 40  # plain corrections before GMRES proper: no dearer than the 10 steps or so that GMRES saves
 
@@ -34,9 +35,10 @@ def _scaled(
 
     Returns the length, the scaled right-hand side and start, and the tolerance in that scale.
     """
-    length = _norm(rhs)
-    length = torch.where(length > 0, length, 1)
-    start = None if init is None else init.expand_as(rhs) / length
+    length = safe_norm(rhs, keepdim=True)
+    zero = length == 0
+    length = torch.where(zero, 1, length)
+    start = None if init is None else torch.where(zero, 0, init.expand_as(rhs) / length)
     return length, rhs / length, start, atol / length + default_rtol(rtol, rhs.dtype)
 
 
@@ -118,7 +120,8 @@ class GMRES(LinearSolver):
         rtol: Relative tolerance on ``||b - A x||``; None picks it by dtype.
         atol: Absolute tolerance.
         max_steps: Largest number of products.
-        restart: Directions kept; memory is ``2 * restart`` vectors per element.
+        restart: Directions kept in the first cycle, doubled in every further one up to n; memory is twice as many
+            vectors per element.
         check_every: Steps between read-backs of the stopping flag; None runs `max_steps` without one.
         preconditioner: ``fn(params, r)``, an approximate inverse, applied from the right.
 
@@ -167,16 +170,18 @@ class GMRES(LinearSolver):
             taken += 1
         met = ~active
         broken = torch.zeros_like(active)
+        taken, width = 0, min(self.restart, rhs.shape[-1])  # the plain corrections of one element cost no other a step
         while taken < self.max_steps and not self._done(active, taken):
             x, used, ended, exhausted, steps = self._cycle(
-                product, precondition, params, x, r, active, tol, steps, self.max_steps - taken
+                product, precondition, params, x, r, active, tol, steps, min(width, self.max_steps - taken)
             )
             taken += used
             before, r = norm, rhs - product(x)
             norm = _norm(r)
             broken, met = broken | exhausted, met | (ended & ~exhausted)
-            # a cycle that gained nothing will gain nothing again
-            active = active & (norm > tol) & (norm < 0.9 * before) & ~broken
+            # a cycle that gained nothing gains something only with more directions
+            active = active & (norm > tol) & ~broken & ((norm < 0.9 * before) | (width < rhs.shape[-1]))
+            width = min(2 * width, rhs.shape[-1])
         return _finish(x, norm, tol, steps, broken, length, met)
 
     def _done(self, active: Tensor, taken: int) -> bool:
@@ -192,10 +197,10 @@ class GMRES(LinearSolver):
         active: Tensor,
         tol: Tensor,
         steps: Tensor,
-        budget: int,
+        width: int,
     ) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
-        """Up to `restart` steps from `r`: iterate, steps used, elements that ended, exhausted ones, step counts."""
-        m, noise = min(self.restart, r.shape[-1], budget), 10 * torch.finfo(r.dtype).eps
+        """Up to `width` steps from `r`: iterate, steps used, elements that ended, exhausted ones, step counts."""
+        m, noise = width, 10 * torch.finfo(r.dtype).eps
         U = r.new_empty((*r.shape[:-1], m, r.shape[-1]))  # directions
         Q = torch.empty_like(U)  # their orthonormal images: A U = R^T Q, row by row
         R = r.new_zeros((*r.shape[:-1], m, m))

@@ -98,6 +98,17 @@ class LiftedSystem(LinearSystem):
         return torch.func.vmap(lambda v, *p: self.inner.apply(p, v, transpose), in_dims=(0, *self.in_dims))(v, *params)
 
 
+def norm(t: Tensor, keepdim: bool = False) -> Tensor:
+    """Euclidean norm over the last dimension; squares of small float32 numbers must not vanish in it."""
+    return wide_norm(t, keepdim).to(t.dtype)
+
+
+def wide_norm(t: Tensor, keepdim: bool = False) -> Tensor:
+    """The same in float64 where `t` is float32: for comparisons alone, without the way back."""
+    wide = torch.float64 if t.device.type != "mps" else t.dtype  # which knows no float64
+    return torch.linalg.vector_norm(t, dim=-1, keepdim=keepdim, dtype=wide)
+
+
 def align(tensors: Sequence[Tensor], in_dims: Sequence[int | None], ndims: Sequence[int]) -> list[Tensor]:
     """Moves the vmapped dimension first and pads batch dimensions, so that ordinary broadcasting pairs them up."""
     rank = max(t.ndim - (d is not None) - k for t, d, k in zip(tensors, in_dims, ndims, strict=True))

@@ -449,14 +449,16 @@ def test_a_preconditioner_sees_the_parameters():
 
 
 def test_gmres_on_a_cyclic_shift_stalls_until_the_last_step():
-    """The classical worst case: no progress for n - 1 steps, then exact. A restart below n never gets there."""
+    """The classical worst case: no progress for n - 1 steps, then exact. Wider cycles follow one that is too short."""
     n = 12
     A, b = torch.roll(torch.eye(n, dtype=F64), 1, 0), torch.eye(n, dtype=F64)[0]
     s = linear_solve_ex(A, b, solver=GMRES(restart=n))
     assert s.converged.all() and n <= s.steps.item() <= n + 1
     torch.testing.assert_close(s.value, numpy_solve(A, b))
-    s = linear_solve_ex(A, b, solver=GMRES(restart=n - 2, max_steps=60))
+    s = linear_solve_ex(A, b, solver=GMRES(restart=n - 2, max_steps=n - 2))
     assert not s.converged.any()
+    s = linear_solve_ex(A, b, solver=GMRES(restart=n - 2))
+    torch.testing.assert_close(s.value, numpy_solve(A, b))
 
 
 def test_gmres_on_rotations_and_skew_matrices():
