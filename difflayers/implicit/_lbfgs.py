@@ -109,7 +109,8 @@ class LBFGS(IterativeSolver):
         p = torch.where(((p * g_next).sum(-1) < 0).unsqueeze(-1), p, -g_next)
         travel = torch.maximum(s.travel, torch.maximum(size(z_next.detach()), torch.where(usable, length, 0)))
         # a long step says nothing of the curvature where it ended; rounding is that of the numbers passed on the way
-        here = torch.where(moved <= 0.01 * travel, stiffness, 0)
+        short = moved <= 0.01 * travel
+        here = torch.where(short, stiffness, 0)
         rounding = 4 * torch.finfo(z.dtype).eps / (default_rtol(self.rtol, z.dtype) or 1)
         scale = here * (size(z_next.detach()) + rounding * travel)
         stuck = ~accept & (trial == z).all(-1)
@@ -123,7 +124,7 @@ class LBFGS(IterativeSolver):
             S, Y, rho, stiffness, moved, travel,
         )  # fmt: skip
         # a quasi-Newton step below the rounding of the numbers on the way: nothing is left to do
-        rounded = torch.isfinite(moved) & (size(p.detach()) <= 8 * torch.finfo(z.dtype).eps * travel)
+        rounded = short & (size(p.detach()) <= 8 * torch.finfo(z.dtype).eps * travel)
         error = torch.where(rounded, 0, size(g_next.detach()))
         return Step(z_next, new, z_next, error, scale, status)
 

@@ -18,6 +18,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import vjp
 
+from difflayers._checks import compute_dtype
+
 F = TypeVar("F", bound=Callable[..., Any])
 _functorch = torch._C._functorch
 _hooks = torch._C._autograd
@@ -143,6 +145,13 @@ def plain_forward(like: Tensor) -> Iterator[None]:
 def autocasting(like: Tensor) -> bool:
     """Whether autocast is on for the device of `like`."""
     return like.device.type != "meta" and torch.is_autocast_enabled(like.device.type)
+
+
+def lifted_under_autocast(t: Any) -> Any:
+    """Half precision to float32 where autocast is on: activations are halved there, weights and matrices are not."""
+    if isinstance(t, Tensor) and t.is_floating_point() and autocasting(t):
+        return t.to(compute_dtype(t.dtype))
+    return t
 
 
 def autocast_off(like: Tensor) -> contextlib.AbstractContextManager[Any]:

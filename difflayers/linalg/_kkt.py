@@ -9,12 +9,13 @@ Methods for Least Squares Problems, 1996, section 5.1.3). Nothing here is ever l
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from difflayers._solution import Info
+from difflayers._solution import Info, Status
 
 from ._direct import direct_info, solve_columns, tiny_pivots
 from ._system import LinearSolver, LinearSystem, Params
@@ -175,7 +176,36 @@ def _tall(M: Tensor) -> Tensor:
 
 
 def solve_forward(*data: Tensor | None) -> tuple[Tensor, Info, Params]:
-    """``(w, nu)``, the report and the factors, on plain tensors."""
+    """``(w, nu)``, the report and the factors, on plain tensors.
+
+    The problem is solved for A and y of order one, so that no product of small or large numbers leaves the range.
+    """
+    A, y, s, lam, w0, C, d = data
+    assert A is not None and y is not None
+    p, q = _power_of_two(A, 2), _power_of_two(y, 1)
+    column = lambda t: t.unsqueeze(-1)  # noqa: E731
+    x, info, (R, *rest) = _solve_scaled(
+        A / column(column(p)),
+        y / column(q),
+        s,
+        None if lam is None else lam / p**2,
+        None if w0 is None else w0 * column(p / q),
+        C,
+        None if d is None else d * column(p / q),
+    )
+    K = A.shape[-1]
+    x = torch.cat([x[..., :K] * column(q / p), x[..., K:] * column(q * p)], -1)
+    return x, direct_info(rest[0] | (info.status == Status.SINGULAR), x, 1), (R * column(column(p)), *rest)
+
+
+def _power_of_two(t: Tensor, event_ndim: int) -> Tensor:
+    """A power of two near the largest magnitude of each element: scaling by it is exact. 1 for zeros."""
+    largest = torch.linalg.vector_norm(t.flatten(t.ndim - event_ndim), math.inf, dim=-1)
+    exponent = torch.frexp(torch.where((largest > 0) & torch.isfinite(largest), largest, 1))[1]
+    return torch.ldexp(torch.ones_like(largest), exponent)
+
+
+def _solve_scaled(*data: Tensor | None) -> tuple[Tensor, Info, Params]:
     A, y, s, lam, w0, C, d = data
     assert A is not None and y is not None
     factors, M, poor = factorise(A, s, lam, C)

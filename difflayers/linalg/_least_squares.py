@@ -41,7 +41,17 @@ from difflayers._solution import (
     timed,
 )
 
-from ._autodiff import alive, autocast_off, forward_mode, jvp_where, opaque, plain_forward, primal, quick_apply
+from ._autodiff import (
+    alive,
+    autocast_off,
+    forward_mode,
+    jvp_where,
+    lifted_under_autocast,
+    opaque,
+    plain_forward,
+    primal,
+    quick_apply,
+)
 from ._grads_batched import batched_backward
 from ._kkt import (
     FACTOR_NDIMS,
@@ -236,7 +246,10 @@ def _solve(
     A: Any, y: Any, weights: Any, ridge: Any, center: Any, equality: Any, on_failure: OnFailure
 ) -> Solution[Tensor]:
     check_policy(on_failure)
-    named, dtype = _check(A, y, weights, ridge, center, equality)
+    lift = lifted_under_autocast
+    equality = tuple(map(lift, equality)) if isinstance(equality, tuple | list) else equality
+    named, _ = _check(lift(A), lift(y), lift(weights), lift(ridge), lift(center), equality)
+    dtype = check_tensor("y", y).dtype
     work = compute_dtype(dtype)
     data = [None if t is None else t.to(work) for _, t in named]
     x, status, steps, residual = LeastSquaresMap.apply(on_failure, *data)[:4]

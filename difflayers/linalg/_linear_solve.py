@@ -16,7 +16,7 @@ from torch import Tensor
 from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
 
-from ._autodiff import autocast_off, opaque, transforms_active
+from ._autodiff import autocast_off, lifted_under_autocast, opaque, transforms_active
 from ._captured import gradients_wanted, refuse_held, refuse_probed, refuse_seen
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
@@ -103,9 +103,9 @@ def _solve(
     measure: bool = False,
 ) -> Solution[Tensor]:
     check_policy(on_failure)
-    b = check_tensor("b", b, min_ndim=1)
+    dtype = check_tensor("b", b, min_ndim=1).dtype
+    A, b = lifted_under_autocast(A), lifted_under_autocast(b)
     system, params = _system(A, b, solver, on_failure)
-    dtype = b.dtype
     work = compute_dtype(dtype)
     params = tuple(p.to(work) if p.is_floating_point() else p for p in params)
     rhs = b.to(work)

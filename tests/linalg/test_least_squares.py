@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 from difflayers import SolveError
-from difflayers.linalg import least_squares, least_squares_ex
+from difflayers.linalg import least_squares, least_squares_ex, linear_solve
 
 F64 = torch.float64
 
@@ -381,3 +381,13 @@ def test_ex_never_raises():
         s = least_squares_ex(data["A"], data["y"])
     assert s.failed.tolist() == [False, True]
     assert s.status.shape == s.residual.shape == (2,)
+
+
+def test_half_precision_targets_under_autocast():
+    A, y = torch.randn(6, 3, requires_grad=True), torch.randn(6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        w = least_squares(A, y.bfloat16())
+        x = linear_solve(torch.eye(3) * 2, y[:3].bfloat16())
+    assert w.dtype == x.dtype == torch.bfloat16
+    torch.testing.assert_close(w.float(), least_squares(A, y.bfloat16().float()), rtol=1e-2, atol=1e-2)
+    assert torch.autograd.grad(w.sum(), A)[0].isfinite().all()
