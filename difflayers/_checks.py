@@ -50,6 +50,11 @@ def broadcast_batch(named: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[int, 
     """The common batch shape of several arguments, or a ``ValueError`` naming the one that does not fit."""
     batch: tuple[int, ...] = ()
     for name, shape in named:
+        if shape == batch or not shape:
+            continue
+        if not batch:
+            batch = tuple(shape)
+            continue
         try:
             batch = torch.broadcast_shapes(batch, shape)
         except RuntimeError:

@@ -245,7 +245,8 @@ class Arguments:
             raise ValueError(f"args: expected a tuple of arguments, got {type(args).__name__}")
         tree: Any = tuple(args)
         leaves, self.spec = optree.tree_flatten(tree)
-        names = _leaf_names(tree, "args")
+        self.flat = flat = all(isinstance(a, Tensor) for a in tree)  # the common case needs no walk along paths
+        names = [f"args[{i}]" for i in range(len(tree))] if flat else _leaf_names(tree, "args")
         self.leaves = leaves
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.names = tuple(names[i] for i in self.places)
@@ -287,6 +288,8 @@ class Arguments:
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """The user's tree with these tensors in it."""
+        if self.flat:
+            return tensors
         leaves = list(self.leaves)
         for i, t in zip(self.places, tensors, strict=True):
             leaves[i] = t
