@@ -85,10 +85,16 @@ class Recorded:
 
     def pull(self, v: Tensor) -> Tensor:
         """The cotangent of the value."""
-        return torch.autograd.grad(self.residual, self.value, v, retain_graph=True)[0]
+        if not self.residual.requires_grad:  # it depends on nothing
+            return torch.zeros_like(self.value)
+        return torch.autograd.grad(
+            self.residual, self.value, v, retain_graph=True, allow_unused=True, materialize_grads=True
+        )[0]
 
     def cotangents(self, v: Tensor) -> list[Tensor | None]:
         """Cotangents of the arguments, None where none is wanted or the residual does not depend on it."""
+        if not self.residual.requires_grad:
+            return [None] * len(self.args)
         wanted = [a for a in self.args if a.requires_grad]
         found = iter(torch.autograd.grad(self.residual, wanted, v, allow_unused=True) if wanted else ())
         return [next(found) if a.requires_grad else None for a in self.args]
@@ -147,7 +153,11 @@ class ResidualSystem(LinearSystem):
             units = eye.reshape((n, *[1] * len(batch), *event)).expand((n, *value.shape))
             rows = pullback(lambda z: problem.residual(z, *args), copies)[1](units)[0]
         else:
-            _, pull = pullback(lambda z: problem.residual(z, *args), value)
+            pull = (
+                pullback(lambda z: problem.residual(z, *args), value)[1]
+                if self.recorded is None
+                else lambda g, recorded=self.recorded: (recorded.pull(g),)
+            )
             rows = vmap(lambda e: pull(e.reshape(event).expand_as(value))[0], out_dims=0)(eye)
         return rows.reshape((n, *batch, n)).movedim(0, -2)
 
