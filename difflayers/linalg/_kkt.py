@@ -183,6 +183,8 @@ def solve_forward(*data: Tensor | None) -> tuple[Tensor, Info, Params]:
     A, y, s, lam, w0, C, d = data
     assert A is not None and y is not None
     p, q = _power_of_two(A, 2), _power_of_two(y, 1)
+    if not p.is_meta and not bool(((p.log2().abs() > _SAFE) | (q.log2().abs() > _SAFE)).any()):
+        return _solve_scaled(*data)  # scaling by powers of two changes no digit, so it is left out where it can be
     column = lambda t: t.unsqueeze(-1)  # noqa: E731
     x, info, (R, *rest) = _solve_scaled(
         A / column(column(p)),
@@ -196,6 +198,9 @@ def solve_forward(*data: Tensor | None) -> tuple[Tensor, Info, Params]:
     K = A.shape[-1]
     x = torch.cat([x[..., :K] * column(q / p), x[..., K:] * column(q * p)], -1)
     return x, direct_info(rest[0] | (info.status == Status.SINGULAR), x, 1), (R * column(column(p)), *rest)
+
+
+_SAFE = 20  # squares of numbers up to 2**20, and of their rounding, are far from both ends of float32
 
 
 def _power_of_two(t: Tensor, event_ndim: int) -> Tensor:
