@@ -129,7 +129,8 @@ class ResidualSystem(LinearSystem):
             return lambda v: self.apply(params, v, transpose)
         value, *args = params
         k = value.ndim - problem.value_ndim
-        value = value.expand((*like.shape[:-1], *value.shape[k:]))
+        # an author's own solve takes whole events, others take them flattened
+        value = value.expand((*like.shape[: like.ndim - self.vector_ndim], *value.shape[k:]))
         residual = lambda z: problem.residual(z, *args)  # noqa: E731
         if transpose:  # one graph, one backward pass a product
             recorded = self.recorded

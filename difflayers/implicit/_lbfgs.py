@@ -83,7 +83,9 @@ class LBFGS(IterativeSolver):
         trial = z + s.t.unsqueeze(-1) * s.p
         f, g = value_and_gradient(function, trial)
         slope, slope_trial = (s.g * s.p).sum(-1), (g * s.p).sum(-1)
-        noise = 4 * torch.finfo(z.dtype).eps * s.f.abs()
+        # f may be the small difference of large terms, whose rounding it does not show; slopes decide below
+        curved = torch.where(torch.isfinite(s.stiffness), s.stiffness, 0) * size(z.detach()).square()
+        noise = torch.finfo(z.dtype).eps ** 0.5 * torch.maximum(s.f.abs(), curved)
         decrease = (f <= s.f + 1e-4 * s.t * slope) | ((f <= s.f + noise) & (slope_trial <= -0.9998 * slope))
         accept = decrease & (slope_trial >= 0.9 * slope)
         upper = torch.where(decrease, s.upper, s.t)

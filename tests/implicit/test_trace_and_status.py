@@ -15,6 +15,8 @@ from difflayers.implicit import (
     Anderson,
     Bisection,
     Implicit,
+    ImplicitProblem,
+    Info,
     LevenbergMarquardt,
     Newton,
     Picard,
@@ -25,6 +27,7 @@ from difflayers.implicit import (
     nonlinear_least_squares_ex,
     root_find,
     root_find_ex,
+    solution_map,
 )
 from difflayers.linalg import CG, GMRES, LU, linear_solve, linear_solve_ex
 
@@ -402,3 +405,25 @@ def test_scale_does_not_change_the_status(scale):
     ):
         assert s.status.item() == Status.CONVERGED
         torch.testing.assert_close(s.value, factor * a, rtol=1e-9, atol=0)
+
+
+def test_trace_of_an_authors_solve_of_matrices():
+    """The residual of an adjoint solve is measured on whole events, which an author's solve takes unflattened."""
+
+    def report(like):
+        ok = torch.zeros(like.shape[:-2], dtype=torch.int64)
+        return Info(ok, ok, like.new_zeros(ok.shape))
+
+    half = ImplicitProblem(
+        solve=lambda A: (A / 2, report(A), ()),
+        residual=lambda Z, A: 2 * Z - A,
+        linear_solve=lambda value, args, factors, rhs, transpose: (rhs / 2, report(rhs)),
+        value_ndim=2,
+        arg_ndims=(2,),
+    )
+    A = torch.ones(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    with difflayers.trace() as solves:
+        solution_map(half, (A,)).sum().backward()
+    assert [s.phase for s in solves] == ["forward", "adjoint"]
+    assert torch.equal(solves[1].residual, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(A.grad, torch.full_like(A, 0.5))

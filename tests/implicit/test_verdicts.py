@@ -5,6 +5,7 @@ import torch
 
 from difflayers import Status
 from difflayers.implicit import (
+    LBFGS,
     Bisection,
     LevenbergMarquardt,
     Newton,
@@ -128,3 +129,15 @@ def test_polish_leaves_starved_elements_alone():
         solver=LevenbergMarquardt(max_steps=1),
     )  # fmt: skip
     assert not s.converged.any() and s.value.abs().item() > 0.1
+
+
+def test_lbfgs_does_not_stagnate_on_a_small_difference_of_large_terms():
+    """The rounding of such an objective does not show in its value: slopes have to decide near the minimum."""
+    generator = torch.Generator().manual_seed(0)
+    W, b, c, x = (torch.randn(shape, generator=generator, dtype=F64) for shape in ((8, 18), (8,), (8,), (2000, 18)))
+
+    def energy(z, x):
+        return 0.7 * (torch.tanh(z @ W.mT / 18**0.5 + b) * c).sum(-1) + (z - x).square().sum(-1) / 2
+
+    found = argmin_ex(energy, x, (x,), solver=LBFGS())
+    assert bool(found.converged.all()), found.status.bincount()
