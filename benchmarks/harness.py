@@ -42,7 +42,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.02
-PACKAGES = ("torch", "numpy", "torch-difflayers", "torchdeq", "torchopt", "cvxpylayers", "moreau", "scipy", "POT")
+PACKAGES = (
+    *("torch", "numpy", "torch-difflayers", "torchdeq", "torchopt", "cvxpy", "cvxpylayers", "moreau", "scipy", "POT"),
+    *("scikit-learn", "deepinv", "pyproximal"),
+)
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 Result = Tensor | Sequence[Tensor]

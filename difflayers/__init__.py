@@ -1,7 +1,18 @@
-"""Inner optimisation problems as PyTorch layers, with first and second derivatives that are right or raise."""
+"""Inner optimisation problems as PyTorch layers, with first and second derivatives that are right or raise.
 
-from . import bilevel, conic, equilibrium, implicit, linalg, pde, proximal, relu, transport
+The engine, :mod:`difflayers.implicit` and :mod:`difflayers.linalg`, is imported at once; a family of layers when its
+name is first used.
+"""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from . import implicit, linalg
 from ._solution import Info, Record, Solution, SolveError, SolveWarning, Status, trace
+
+if TYPE_CHECKING:
+    from . import bilevel, conic, equilibrium, pde, proximal, relu, transport
 
 __version__ = "0.1.0"
 
@@ -23,3 +34,15 @@ __all__ = [
     "trace",
     "transport",
 ]
+
+_FAMILIES = ("bilevel", "conic", "equilibrium", "pde", "proximal", "relu", "transport")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _FAMILIES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import check_tensor, compute_dtype
-from difflayers.linalg._autodiff import autocast_off, physical
+from difflayers.linalg._autodiff import autocast_off, autocasting, physical
 
 Number = float | Tensor
 
@@ -33,6 +33,8 @@ class Operand(NamedTuple):
         ndim: Trailing dimensions that belong to one element, aligned with those of `x`; 0: one number an element.
         at_least: Smallest value allowed.
         above: The value must be larger than this.
+        event: The trailing shape, where it is not that of `x`: a matrix, one number a group.
+        optional: Whether it may be left out.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Operand(NamedTuple):
     ndim: int
     at_least: float = -math.inf
     above: float = -math.inf
+    event: tuple[int, ...] | None = None
+    optional: bool = False
 
 
 def per_element(name: str, value: Number | None, *, at_least: float = -math.inf, above: float = -math.inf) -> Operand:
@@ -52,10 +56,22 @@ def per_entry(name: str, value: Number | None, *, at_least: float = -math.inf, a
     return Operand(name, value, 1, at_least, above)
 
 
+def per_event(
+    name: str, value: Number | None, event: tuple[int, ...], *, at_least: float = -math.inf, above: float = -math.inf
+) -> Operand:
+    """Numbers of shape `event` for the whole batch or for each of its elements: a matrix, weights of groups."""
+    return Operand(name, value, len(event), at_least, above, event)
+
+
+def optional(operand: Operand) -> Operand:
+    """The same, which may be left out."""
+    return operand._replace(optional=True)
+
+
 def on_vectors(formula: Callable[..., Tensor], x: Tensor, *operands: Operand, dim: int = -1) -> Tensor:
     """``formula(x, *operands)`` along `dim`, which the formula sees as the last dimension."""
     check_tensor("x", x, min_ndim=1)
-    if not -x.ndim <= dim < x.ndim:
+    if not isinstance(dim, int) or not -x.ndim <= dim < x.ndim:
         raise ValueError(f"dim: expected a dimension of x, which has {x.ndim}, got {dim}")
     dim = dim % x.ndim - x.ndim  # counted from the end: operands may have fewer dimensions
     return _on_events(formula, x, operands, dim, 1)
@@ -69,21 +85,26 @@ def on_matrices(formula: Callable[..., Tensor], x: Tensor, *operands: Operand) -
 
 def _on_events(formula: Callable[..., Tensor], x: Tensor, operands: tuple[Operand, ...], dim: int, ndim: int) -> Tensor:
     dtype = compute_dtype(x.dtype)
-    lifted = x.to(dtype)
+    lifted = x if dtype == x.dtype else x.to(dtype)
     if dim != -1:
         lifted = lifted.movedim(dim, -1)
     values = [_prepare(operand, x, lifted, dim, ndim) for operand in operands]
-    with autocast_off(x):
+    if autocasting(x):
+        with autocast_off(x):
+            z = formula(lifted, *values)
+    else:
         z = formula(lifted, *values)
     if dim != -1:
         z = z.movedim(-1, dim)
-    return z.to(x.dtype)
+    return z if z.dtype == x.dtype else z.to(x.dtype)
 
 
 def _prepare(operand: Operand, x: Tensor, lifted: Tensor, dim: int, ndim: int) -> Any:
     """The operand as the formula wants it: a number, None, or a tensor that broadcasts with the moved `x`."""
-    name, value, own_ndim, *_ = operand
+    name, value, own_ndim, event = operand.name, operand.value, operand.ndim, operand.event
     if value is None:
+        if not operand.optional:
+            raise ValueError(f"{name}: expected a number or a tensor, got None")
         return None
     check_range(operand)
     if not isinstance(value, Tensor):
@@ -103,6 +124,13 @@ def _prepare(operand: Operand, x: Tensor, lifted: Tensor, dim: int, ndim: int) -
                 f"got {tuple(value.shape)}"
             )
         return value[(...,) + (None,) * ndim]
+    if event is not None:
+        if tuple(value.shape[-own_ndim:]) != event or not _fits(value.shape[:-own_ndim], batch):
+            raise ValueError(
+                f"{name}: expected shape {event}, or the same behind dimensions that broadcast to the batch "
+                f"{tuple(batch)} of x, got {tuple(value.shape)}"
+            )
+        return value
     if not _fits(value.shape, x.shape):
         raise ValueError(
             f"{name}: expected a number or a shape that broadcasts to {tuple(x.shape)} as of x, "
@@ -120,20 +148,53 @@ def _fits(shape: torch.Size, target: torch.Size) -> bool:
 
 def check_range(operand: Operand) -> None:
     """Refuses numbers outside the range, NaN too. Of a tensor this reads one flag (never in a compiled graph)."""
-    name, value, _, at_least, above = operand
-    if at_least == above == -math.inf or value is None:
+    name, value, at_least, above = operand.name, operand.value, operand.at_least, operand.above
+    if value is None:
+        return
+    if not isinstance(value, Tensor) and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+    if at_least == above == -math.inf:
         return
     expected = f"at least {at_least:g}" if at_least > -math.inf else f"more than {above:g}"
     if not isinstance(value, Tensor):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
         if not (value >= at_least and (above == -math.inf or value > above)):
             raise ValueError(f"{name}: expected {expected}, got {value}")
         return
     if torch.compiler.is_compiling() or value.is_meta or not value.is_floating_point():
         return
     plain = physical(value)
-    wrong = ~((plain >= at_least) & (plain > above)) if above > -math.inf else ~(plain >= at_least)
-    if bool(wrong.any()):
+    right = lambda v: (v >= at_least) & (v > above)  # noqa: E731  false for NaN
+    if plain.numel() and not bool(right(plain.amin())):  # which is NaN, if there is one
+        wrong = ~right(plain)
         worst = plain[wrong].flatten()[0].item()
+        expected = f"finite numbers, {expected}" if math.isnan(worst) else expected
         raise ValueError(f"{name}: expected {expected}, got {worst:g} in {int(wrong.sum())} of {wrong.numel()} entries")
+
+
+def check_that(right: bool | Tensor, message: Callable[[], str]) -> None:
+    """Refuses a combination of operands. Of a tensor this reads one flag (never in a compiled graph)."""
+    if isinstance(right, Tensor):
+        if torch.compiler.is_compiling() or right.is_meta:
+            return
+        right = bool(physical(right).all())
+    if not right:
+        raise ValueError(message())
+
+
+def as_tensor(number: Number, x: Tensor) -> Tensor:
+    """A number as a tensor of no dimensions beside `x`."""
+    return number if isinstance(number, Tensor) else x.new_full((), number)
+
+
+def as_column(number: Number, x: Tensor) -> Tensor:
+    """A number for each element as ``(*batch, 1)`` or ``(1,)``."""
+    return number if isinstance(number, Tensor) else x.new_full((1,), number)
+
+
+def shown(number: Number) -> str:
+    """A number, or the range of a tensor, for messages."""
+    if not isinstance(number, Tensor):
+        return f"{number:g}"
+    plain = physical(number)
+    low, high = float(plain.min()), float(plain.max())
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

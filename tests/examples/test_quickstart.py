@@ -30,7 +30,7 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     page = quickstart.main(["--tiny", "--out", str(tmp_path)])
     html = page.read_text(encoding="utf-8")
     assert page == tmp_path / "index.html"
-    assert html.count("<h2>") == 1 and html.count("data:image/png;base64,") == 4
+    assert html.count("<h2>") == 2 and html.count("data:image/png;base64,") == 7
     assert 'name="viewport"' in html and "A tiny run" in html
     links = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert all(link.startswith(("data:", "#")) for link in links)
@@ -39,19 +39,23 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "test accuracy" in printed and "solver steps" in printed and "unrolled" in printed
     numbers = json.loads((tmp_path / "implicit" / "implicit.json").read_text())
+    assert "with a say" in printed
     few, many, *unrolled = (row["saved"] for row in numbers["memory"])
     assert few == many < unrolled[0] < unrolled[1]
     assert len(set(numbers["parameters"].values())) == 1
+    numbers = json.loads((tmp_path / "proximal" / "proximal.json").read_text())
+    assert numbers["change"] < 1e-3 and numbers["sparse code"]["consulted"] < 30
 
 
 def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
     import quickstart
 
     quickstart.main(["--list", "--out", str(tmp_path)])
-    assert "implicit" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    listed = capsys.readouterr().out
+    assert "implicit" in listed and "proximal" in listed and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         quickstart.main(["--chapter", "nothing", "--out", str(tmp_path)])
-    assert "there are: implicit" in capsys.readouterr().err
+    assert "there are: implicit, proximal" in capsys.readouterr().err
 
 
 def test_page_escapes_what_it_shows(tmp_path):
