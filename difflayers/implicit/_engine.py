@@ -43,7 +43,7 @@ from difflayers.linalg._autodiff import (
     transforms_active,
     vjp_where,
 )
-from difflayers.linalg._captured import Seen, gradients_wanted, refuse_held, refuse_probed, refuse_seen
+from difflayers.linalg._captured import Seen, gradients_wanted, refuse_complex, refuse_held, refuse_probed, refuse_seen
 from difflayers.linalg._grads_batched import batched_backward
 from difflayers.linalg._system import (
     Factorise,
@@ -238,6 +238,7 @@ def _apply(problem: ImplicitProblem, args: Sequence[Tensor], on_failure: OnFailu
     broadcast_batch((n, tuple(a.shape[: a.ndim - k])) for n, a, k in zip(names, args, problem.arg_ndims, strict=True))
     look = gradients_wanted()
     if look:
+        refuse_complex(zip(names, args, strict=True))
         refuse_held(problem.residual, "residual")
     solution = Solution(*SolutionMap.apply(Task(problem, on_failure), None, *args)[:4])
     if look and not _looked_at.knows(problem.residual):

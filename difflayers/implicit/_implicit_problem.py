@@ -121,7 +121,7 @@ class ResidualSystem(LinearSystem):
             out = pullback(lambda z: problem.residual(z, *args), value)[1](y)[0]
         else:
             out = push_forward(lambda z: problem.residual(z, *args), [value], [y])
-        return out.reshape(*batch, *v.shape[v.ndim - self.vector_ndim :])
+        return out.reshape((*batch, *v.shape[v.ndim - self.vector_ndim :]))
 
     def operator(self, params: Params, like: Tensor, transpose: bool) -> Callable[[Tensor], Tensor]:
         problem = self.problem

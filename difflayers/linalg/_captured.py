@@ -10,7 +10,7 @@ import contextlib
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import optree
@@ -92,6 +92,15 @@ def gradients_wanted() -> bool:
 def refuse_probed(function: Callable[..., Tensor], tensors: Sequence[Tensor], argument: str, remedy: str = "") -> None:
     """One evaluation on constants: inside a ``torch.func`` transform a captured tensor shows in the result."""
     refuse_seen([function(*map(sample, tensors))], argument, remedy or _REMEDY)
+
+
+def refuse_complex(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuses complex tensors that are differentiated: unknowns are real, and the gradient would be lost."""
+    for name, t in named:
+        if t.is_complex() and _differentiated(t):
+            raise ValueError(
+                f"{name}: expected real numbers where a gradient is wanted, got {t.dtype}; pass its real view"
+            )
 
 
 def refuse_held(function: Any, argument: str, remedy: str = _REMEDY) -> None:

@@ -17,7 +17,7 @@ from difflayers._checks import broadcast_batch, check_same, check_shape, check_t
 from difflayers._solution import OnFailure, Solution, check_policy
 
 from ._autodiff import autocast_off, lifted_under_autocast, opaque, transforms_active
-from ._captured import gradients_wanted, refuse_held, refuse_probed, refuse_seen
+from ._captured import gradients_wanted, refuse_complex, refuse_held, refuse_probed, refuse_seen
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
 from ._operator import LinearOperator, MatrixSystem, OperatorSystem, Tag, check_matrix
@@ -142,6 +142,7 @@ def _system(
     if isinstance(A, LinearOperator):
         check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
         if gradients_wanted():
+            refuse_complex((f"params[{i}]", p) for i, p in enumerate(A.params))
             refuse_held(A.matvec, "A.matvec", remedy="Pass it in `params`")
             operands = (*A.params, b)
             product = lambda *p: A.matvec(p[:-1], p[-1])  # noqa: E731

@@ -27,7 +27,7 @@ from difflayers.implicit import (
     root_find,
     root_find_ex,
 )
-from difflayers.linalg import GMRES, LU, QR
+from difflayers.linalg import GMRES, LU, QR, LinearOperator, Tag, linear_solve
 
 F64 = torch.float64
 
@@ -931,3 +931,14 @@ def test_where_every_element_failed_shared_gradients_are_zero(solve, batch):
             solve(update, torch.zeros(batch, 2, dtype=F64), (x, W), on_failure="nan", arg_ndims=ndims).sum(), W
         )
         assert g.isnan().all()
+
+
+def test_complex_parameters_that_are_differentiated_are_refused():
+    """Their gradient would be lost: unknowns are real."""
+    w = torch.tensor([1.0 + 1.0j, 2.0, 3.0j], requires_grad=True)
+    b = torch.ones(3)
+    matvec = lambda params, v: v + (params[0].abs().square() * v)  # noqa: E731
+    with pytest.raises(ValueError, match=r"params\[0\]: expected real numbers where a gradient is wanted"):
+        linear_solve(LinearOperator(matvec, (w,), Tag.POSITIVE_DEFINITE), b)
+    x = linear_solve(LinearOperator(matvec, (w.detach(),), Tag.POSITIVE_DEFINITE), b)
+    torch.testing.assert_close(x, 1 / (1 + w.detach().abs().square()))

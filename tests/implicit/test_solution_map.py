@@ -340,3 +340,21 @@ def test_a_failed_element_does_not_reach_the_others_through_its_factors():
     torch.testing.assert_close(second[0][keep], -1.5 / 4 * exact**-1.5)
     torch.testing.assert_close(second[1], (1 / 2 / exact.sqrt()).sum())
     assert first[0][1] == 0 and second[0][1] == 0
+
+
+def test_second_derivative_of_one_number_without_a_batch():
+    def report(like):
+        ok = torch.zeros(like.shape, dtype=torch.int64)
+        return Info(ok, ok, torch.zeros_like(like))
+
+    root = ImplicitProblem(
+        solve=lambda a: (a.sqrt(), report(a), (2 * a.sqrt(),)),
+        residual=lambda z, a: z * z - a,
+        linear_solve=lambda value, args, factors, rhs, transpose: (rhs / factors[0], report(rhs)),
+        value_ndim=0,
+        arg_ndims=(0,),
+        factor_ndims=(0,),
+    )
+    a = torch.tensor(4.0, dtype=torch.float64)
+    found = torch.autograd.functional.hessian(lambda a: solution_map(root, (a,)), a)
+    torch.testing.assert_close(found, -0.25 * a**-1.5)
