@@ -2,7 +2,7 @@
 
 >>> from difflayers.testing.cases import all_cases
 >>> sorted(all_cases())[:2]
-['equilibrium', 'implicit']
+['conic', 'equilibrium']
 """
 
 from __future__ import annotations
