@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from difflayers._solution import Status
-
-from ._program_kkt import times
+from difflayers.linalg._system import times
 
 
 class _Point(NamedTuple):

@@ -17,13 +17,9 @@ from torch import Tensor
 
 from difflayers._solution import Info, Status
 from difflayers.linalg._direct import solve_columns, tiny_pivots
+from difflayers.linalg._system import times
 
 FACTOR_NDIMS = (2, 2, 1, 0, 0)  # factor of H, factor of C H^-1 C^T, active rows, weight of C^T C in H, singular
-
-
-def times(M: Tensor, v: Tensor) -> Tensor:
-    """Matrix times vector; one matrix for the whole batch is one matrix product."""
-    return v @ M.mT if M.ndim == 2 else (M @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def factorise(P: Tensor, C: Tensor, active: Tensor) -> tuple[Tensor, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from difflayers._checks import check_same, check_tensor, compute_dtype
 from difflayers._solution import Info, OnFailure, Solution, Status
 from difflayers.implicit import ImplicitProblem, solution_map, solution_map_ex
+from difflayers.linalg._system import times
 
 from . import _program_kkt as kkt
 from ._interior_point import InteriorPoint
@@ -141,7 +142,7 @@ def quadratic_program_ex(
     found = solution_map_ex(_problem(parts, solver or _default(q)), args)
     n, p = q.shape[-1], 0 if A is None else A.shape[-2]
     x, y, z = found.value.split((n, p, found.value.shape[-1] - n - p), -1)
-    s = x.new_zeros((*x.shape[:-1], 0)) if G is None or h is None else h - kkt.times(G, x)
+    s = x.new_zeros((*x.shape[:-1], 0)) if G is None or h is None else h - times(G, x)
     point = ProgramPoint(*(t.to(q.dtype) for t in (x, y, z, s)))
     return Solution(point, found.status, found.steps, found.residual)
 
@@ -242,13 +243,13 @@ def _residual(point: Tensor, *args: Tensor, parts: tuple[bool, bool]) -> Tensor:
     P, q, G, h, A, b = _unpack(args, parts)
     n, p = q.shape[-1], A.shape[-2]
     x, y, z = point[..., :n], point[..., n : n + p], point[..., n + p :]
-    rows = [kkt.times(P, x) + q]
+    rows = [times(P, x) + q]
     if parts[1]:
-        rows[0] = rows[0] + kkt.times(A.mT, y)
-        rows.append(kkt.times(A, x) - b)
+        rows[0] = rows[0] + times(A.mT, y)
+        rows.append(times(A, x) - b)
     if parts[0]:
-        rows[0] = rows[0] + kkt.times(G.mT, z)
-        rows.append(torch.where(z > 0, kkt.times(G, x) - h, z))
+        rows[0] = rows[0] + times(G.mT, z)
+        rows.append(torch.where(z > 0, times(G, x) - h, z))
     batch = torch.broadcast_shapes(*(r.shape[:-1] for r in rows))
     return torch.cat([r.expand(*batch, r.shape[-1]) for r in rows], -1)
 
@@ -276,7 +277,7 @@ def _solve(*args: Tensor, parts: tuple[bool, bool], solver: ProgramSolver) -> tu
     P, q, G, h, A, b = data
     _refuse_indefinite(P)
     x, y, z, status, steps = solver.solve(*data)
-    C, slack = _all_rows(A, G), h - kkt.times(G, x)
+    C, slack = _all_rows(A, G), h - times(G, x)
     z = torch.where(z > slack.clamp_min(0), z, 0)
     active = torch.cat([torch.ones_like(y), (z > 0).to(z.dtype)], -1)
     factors = kkt.factorise(P, C, active)
@@ -332,9 +333,7 @@ def _polish(
     active = factors[2]
     bounds = torch.cat([b, torch.where(z > 0, h, 0)], -1)
     multipliers = torch.cat([y, z], -1)
-    dx, dv, _ = kkt.solve(
-        P, C, factors, -(kkt.times(P, x) + q + kkt.times(C.mT, multipliers)), bounds - active * kkt.times(C, x)
-    )
+    dx, dv, _ = kkt.solve(P, C, factors, -(times(P, x) + q + times(C.mT, multipliers)), bounds - active * times(C, x))
     new_x, new = x + dx, multipliers + dv
     new_y, new_z = new[..., : y.shape[-1]], new[..., y.shape[-1] :].clamp_min(0)
     after = _violation((new_x, new_y, new_z), data)
@@ -353,9 +352,9 @@ def _violation(point: tuple[Tensor, ...], data: tuple[Tensor, ...]) -> Tensor:
     """The largest violation of an optimality condition."""
     x, y, z = point
     P, q, G, h, A, b = data
-    dual = kkt.times(P, x) + q + kkt.times(A.mT, y) + kkt.times(G.mT, z)
-    over = kkt.times(G, x) - h
-    rows = [dual, over.clamp_min(0), torch.where(z > 0, over, 0), kkt.times(A, x) - b]
+    dual = times(P, x) + q + times(A.mT, y) + times(G.mT, z)
+    over = times(G, x) - h
+    rows = [dual, over.clamp_min(0), torch.where(z > 0, over, 0), times(A, x) - b]
     return kkt.amax(torch.cat(rows, -1))
 
 
@@ -370,7 +369,7 @@ def _linear_solve(
     C = _all_rows(A, G)
     inactive = torch.where(active, 0, r3)
     if not transpose:  # z = r3 where inactive
-        r1 = r1 - kkt.times(G.mT, inactive)
+        r1 = r1 - times(G.mT, inactive)
     u, v, info = kkt.solve(P, C, factors, r1, torch.cat([r2, r3], -1))
-    v3 = v[..., p:] + (inactive - torch.where(active, 0, kkt.times(G, u)) if transpose else inactive)
+    v3 = v[..., p:] + (inactive - torch.where(active, 0, times(G, u)) if transpose else inactive)
     return torch.cat([u, v[..., :p], v3], -1), info

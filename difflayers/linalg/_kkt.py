@@ -18,16 +18,12 @@ from torch import Tensor
 from difflayers._solution import Info, Status
 
 from ._direct import direct_info, solve_columns, tiny_pivots
-from ._system import LinearSolver, LinearSystem, Params
+from ._system import LinearSolver, LinearSystem, Params, times
 
 NAMES = ("A", "y", "weights", "ridge", "center", "C", "d")
 NDIMS = (2, 1, 1, 0, 1, 2, 1)
 FACTOR_NDIMS = (2, 0, 2, 2)
 Data = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def times(M: Tensor, v: Tensor) -> Tensor:
-    return (M @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def _gram_times(A: Tensor, s: Tensor | None, lam: Tensor | None, w: Tensor) -> Tensor:

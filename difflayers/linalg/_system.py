@@ -98,6 +98,11 @@ class LiftedSystem(LinearSystem):
         return torch.func.vmap(lambda v, *p: self.inner.apply(p, v, transpose), in_dims=(0, *self.in_dims))(v, *params)
 
 
+def times(M: Tensor, v: Tensor) -> Tensor:
+    """Matrices times vectors; one matrix for a whole batch makes a single product."""
+    return v @ M.mT if M.ndim == 2 else (M @ v.unsqueeze(-1)).squeeze(-1)
+
+
 def norm(t: Tensor, keepdim: bool = False) -> Tensor:
     """Euclidean norm over the last dimension; squares of small float32 numbers must not vanish in it."""
     return wide_norm(t, keepdim).to(t.dtype)

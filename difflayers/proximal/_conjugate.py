@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import check_tensor, compute_dtype
+from difflayers.linalg._system import times
 
-from ._linear_sets import times
 from ._nonconvex import prox_l0, prox_log, prox_mcp, prox_scad
 from ._norms import norm, prox_group_l2, prox_l2, prox_linf, scale_groups, shortening
 from ._operands import Number, as_tensor, check_range, on_vectors, per_element, per_entry

@@ -31,8 +31,9 @@ from difflayers._solution import Info, OnFailure, Solution, Status
 from difflayers.implicit import ImplicitProblem, solution_map, solution_map_ex
 from difflayers.linalg._autodiff import lifted_under_autocast, opaque, physical
 from difflayers.linalg._direct import direct_info, solve_columns
+from difflayers.linalg._system import times
 
-from ._lasso_solver import FISTA, adjoint_times, minimise, refine, scaled, times
+from ._lasso_solver import FISTA, minimise, refine, scaled
 from ._operands import Number, check_range, per_element
 
 NAMES = ("dictionary", "signal", "penalty", "ridge", "center")
@@ -134,7 +135,7 @@ def stationarity(z: Tensor, D: Tensor, y: Tensor, lam: Tensor, mu: Tensor, c: Te
     """The condition above on the support of `z`, and ``z = 0`` off it."""
     active = (z != 0) | (lam == 0)
     z_A, lam = torch.where(active, z, 0), torch.where(active, lam, 0)
-    slope = adjoint_times(D, times(D, z_A) - y) + mu.unsqueeze(-1) * (z_A - c) + lam * z_A.sign()
+    slope = times(D.mT, times(D, z_A) - y) + mu.unsqueeze(-1) * (z_A - c) + lam * z_A.sign()
     return torch.where(active, slope, z)
 
 
@@ -156,7 +157,7 @@ def _solve(solver: FISTA, *args: Tensor) -> tuple[Tensor, Info, Args]:
     P, atom, signal = scaled(D, y, lam, mu, c)
     z, info = minimise(P, solver)
     unit = signal / atom
-    slope = adjoint_times(D, times(D, z * unit) - y) + mu.unsqueeze(-1) * (z * unit - c)
+    slope = times(D.mT, times(D, z * unit) - y) + mu.unsqueeze(-1) * (z * unit - c)
     z, (index, used, factor, singular) = refine(P, z, slope / atom / signal, solver.tolerance(z.dtype))
     scale = torch.where(used, atom.expand_as(z).gather(-1, index), 1)
     z = z * unit
@@ -198,7 +199,7 @@ def _adjoint(z: Tensor, args: Args, factors: Args, rhs: Tensor, transpose: bool)
     for attempt in range(3):
         left = wanted
         if attempt:
-            left = torch.where(active, wanted - adjoint_times(D, times(D, x)) - mu.unsqueeze(-1) * x, 0)
+            left = torch.where(active, wanted - times(D.mT, times(D, x)) - mu.unsqueeze(-1) * x, 0)
         picked = torch.where(used, left.gather(-1, index), 0) / scale
         solved = solve_columns(lambda L, b: torch.cholesky_solve(b, L), (factor,), (2,), picked) / scale
         x = x.scatter_add(-1, index, torch.where(used, solved, 0))

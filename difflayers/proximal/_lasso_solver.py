@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from difflayers._solution import Info, Status
-from difflayers.linalg._system import norm
+from difflayers.linalg._system import norm, times
 
 Factors = tuple[Tensor, ...]
 # the violation that is aimed at without `rtol`, and the one that is accepted, in rounding units: an atom that should
@@ -105,7 +105,7 @@ class Quadratic:
     def slope(self, z: Tensor) -> Tensor:
         """``G z - q``."""
         if self.atoms is not None:
-            product = adjoint_times(self.atoms, times(self.atoms, z))
+            product = times(self.atoms.mT, times(self.atoms, z))
         else:
             assert self.gram is not None
             product = times(self.gram, z)
@@ -136,16 +136,6 @@ class Quadratic:
         return torch.where(self.active(z), on, off).amax(-1) / (1 + z.abs().sum(-1))
 
 
-def times(D: Tensor, z: Tensor) -> Tensor:
-    """``D z``; one product for the whole batch where it shares the dictionary."""
-    return z @ D.mT if D.ndim == 2 else (D @ z.unsqueeze(-1)).squeeze(-1)
-
-
-def adjoint_times(D: Tensor, r: Tensor) -> Tensor:
-    """``D^T r``."""
-    return r @ D if D.ndim == 2 else (D.mT @ r.unsqueeze(-1)).squeeze(-1)
-
-
 def scaled(D: Tensor, y: Tensor, lam: Tensor, mu: Tensor, c: Tensor) -> tuple[Quadratic, Tensor, Tensor]:
     """The problem with atoms and signals of length one: also their lengths. ``z = scaled z * signal / atom``."""
     n, p = D.shape[-2:]
@@ -158,7 +148,7 @@ def scaled(D: Tensor, y: Tensor, lam: Tensor, mu: Tensor, c: Tensor) -> tuple[Qu
     signal = torch.where(signal > 0, signal, 1)
     root = root / atom
     ridge = root * root
-    q = adjoint_times(D, y / signal) / atom + root * (root * (c * atom / signal))
+    q = times(D.mT, y / signal) / atom + root * (root * (c * atom / signal))
     lam = (lam / atom / signal).clamp_max(LARGEST_PENALTY)
     atoms = gram = None
     if p <= max(2 * n, len(y) if D.ndim == 2 else 0):

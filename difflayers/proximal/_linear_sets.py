@@ -21,6 +21,7 @@ from difflayers._checks import check_tensor
 from difflayers._solution import Info, OnFailure, Solution, Status, check_policy
 from difflayers.implicit import ImplicitProblem, solution_map, solution_map_ex
 from difflayers.linalg._autodiff import opaque
+from difflayers.linalg._system import times
 
 from ._operands import Number, as_tensor, check_that, on_vectors, per_element, per_entry, per_event
 from ._shared_inverse import on_sound, shared_inverse
@@ -184,11 +185,6 @@ def _unit_and_excess(x: Tensor, normal: Any, offset: Any) -> tuple[Tensor, Tenso
 def _size(x: Any, dim: int) -> int:
     """Entries along `dim`; what is wrong with either is found later."""
     return x.shape[dim] if isinstance(x, Tensor) and -x.ndim <= dim < x.ndim else 0
-
-
-def times(M: Tensor, v: Tensor) -> Tensor:
-    """Matrices times vectors; one matrix for a whole batch makes a single product."""
-    return v @ M.mT if M.ndim == 2 else (M @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def _equations(A: Tensor, b: Tensor, n: int) -> tuple[Any, ...]:

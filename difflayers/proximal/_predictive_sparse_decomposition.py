@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from difflayers._solution import OnFailure, check_policy
 from difflayers.implicit import envelope
+from difflayers.linalg._system import times
 
 from ._lasso import lasso
-from ._lasso_solver import FISTA, times
+from ._lasso_solver import FISTA
 from ._sparse_coding import check_sizes, unit_atoms
 
 

@@ -17,8 +17,8 @@ from difflayers._checks import check_tensor
 from difflayers._solution import Info, OnFailure, Solution, Status, check_policy
 from difflayers.implicit import ImplicitProblem, solution_map, solution_map_ex
 from difflayers.linalg._autodiff import opaque
+from difflayers.linalg._system import times
 
-from ._linear_sets import times
 from ._operands import Number, Operand, as_column, on_vectors, optional, per_element, per_event
 from ._shared_inverse import on_sound, shared_inverse
 

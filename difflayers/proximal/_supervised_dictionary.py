@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from difflayers._checks import check_shape, check_tensor
+from difflayers.linalg._system import times
 
-from ._lasso_solver import times
 from ._sparse_coding import check_sizes
 
 
