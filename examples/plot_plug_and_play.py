@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> Path:
             solver = ADMM(rtol=0.0, max_steps=3 if options.tiny else STEPS)
             runs[task] = restore(observation, operator, prox, solver=solver, init=init, on_failure="ignore")
             states = {
-                "observed": observation if init is None else init,
+                "observed" if init is None else "holes filled": observation if init is None else init,
                 "total variation": best_total_variation(operator, observation, init, clean),
                 "learned": runs[task].value,
             }

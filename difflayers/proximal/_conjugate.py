@@ -76,6 +76,11 @@ def conjugate_prox(prox: Callable[..., Tensor], x: Tensor, t: Number, **kwargs: 
         return conjugate_prox(prox.func, x, t, **{**prox.keywords, **kwargs})
     if prox in NONCONVEX:
         raise ValueError(f"prox: expected the prox of a convex function, got {prox.__name__}, whose is not")
+    if getattr(prox, "__module__", "").startswith(__package__) and prox.__name__.startswith("project_"):
+        raise ValueError(
+            f"prox: expected a function prox(x, t), got {prox.__name__}; for the indicator of a set, whose "
+            "conjugate is its support function, the answer is x - t * projection(x / t)"
+        )
     check_range(per_element("t", t, above=0))
     formula = _FORMULAS.get(prox)
     return _by_identity(prox, x, t, kwargs) if formula is None else formula(x, t, **kwargs)

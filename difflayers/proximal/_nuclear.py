@@ -82,7 +82,7 @@ def project_nuclear_ball(x: Tensor, radius: Number = 1.0) -> Tensor:
 
     Differentiable in `x` and `radius`, to second order (a third derivative raises ``RuntimeError``). At a kink, a
     singular value that just reaches zero, the derivative is that of the zero branch; on the boundary of the ball it is
-    that of the inside.
+    that of the inside, and at radius 0 it is zero.
 
     Example:
         >>> import torch
@@ -112,7 +112,8 @@ def prox_spectral_l2(x: Tensor, t: Number) -> Tensor:
         ValueError: For a negative or NaN `t`, a shape that does not broadcast, or a dtype that is not floating point.
 
     Differentiable in `x` and `t`, to second order (a third derivative raises ``RuntimeError``). At a kink, a singular
-    value that the height just reaches, the derivative is that of the value that stays as it is.
+    value that the height just reaches, the derivative is that of the value that stays as it is; so at ``t = 0`` the
+    derivative in `t` is zero.
 
     Example:
         >>> import torch

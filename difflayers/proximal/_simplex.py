@@ -107,7 +107,7 @@ def project_capped_simplex(x: Tensor, total: Number, *, upper: Number = 1.0, dim
         ValueError: Where the set is empty, for a shape that does not broadcast, or a dtype that is not floating point.
 
     Differentiable in `x`, `total` and `upper`, to any order. At a kink (an entry that just reaches zero or its cap) the
-    derivative is that of the entry staying there.
+    derivative is that of the entry staying there, so at a total of 0 it is zero.
 
     Example:
         >>> import torch

@@ -212,3 +212,9 @@ def test_masked_entries_that_leave_too_little_room():
         soft_topk(x, 2)
     with pytest.raises(ValueError, match=r"total: expected at most 0.5, .* got 1"):
         project_capped_simplex(x, 1.0, upper=0.5)
+
+
+def test_a_projection_is_no_prox_with_a_step():
+    """Its second argument would be taken for the step."""
+    with pytest.raises(ValueError, match=r"prox: expected a function prox.x, t., got project_simplex"):
+        conjugate_prox(project_simplex, torch.ones(3), 1.0)
