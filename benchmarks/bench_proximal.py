@@ -252,7 +252,7 @@ def on_matrices() -> Iterator[Problem]:
     edges = torch.cat([torch.stack([nodes, (nodes + k) % N], -1) for k in (1, 17)])
     yield Problem(
         "prox_graph_tv of 64x256",
-        lambda x: proximal.prox_graph_tv(x, T, edges),
+        lambda x: proximal.prox_graph_tv(x, T, edges.T),
         signals,
         oracles.total_variation(T, edges.cpu().numpy()),
         {"torch, dual unrolled": partial(peers.total_variation, t=T, edges=edges, steps=1000)},

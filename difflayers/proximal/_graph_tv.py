@@ -43,13 +43,13 @@ def prox_graph_tv(
 ) -> Tensor:
     """The prox of (anisotropic) total variation on a graph.
 
-    Solves ``argmin_z t * sum_e weights_e |z_j - z_i| + 1/2 ||z - x||^2`` with ``edges[e] = (i, j)``.
+    Solves ``argmin_z t * sum_e weights_e |z_j - z_i| + 1/2 ||z - x||^2`` with ``edges[:, e] = (i, j)``.
 
     Args:
         x: Any shape; `dim` runs over the n nodes.
         t: Step, at least 0: a number, or a tensor that broadcasts to the batch (the shape of `x` without `dim`).
-        edges: ``(m, 2)`` integers in 0..n-1, a pair of nodes a row, shared by the batch; the order within a pair does
-            not matter, and a pair listed twice counts twice.
+        edges: ``(2, m)`` integers in 0..n-1, a pair of nodes a column, shared by the batch; the order within a pair
+            does not matter, and a pair listed twice counts twice.
         weights: At least 0: a number, ``(m)`` or ``(*batch, m)``. None: all 1.
         dim: The dimension of one signal.
         solver: Tolerance and limits.
@@ -67,7 +67,7 @@ def prox_graph_tv(
 
     Example:
         >>> import torch
-        >>> star = torch.tensor([[0, 1], [0, 2], [0, 3]])
+        >>> star = torch.tensor([[0, 0, 0], [1, 2, 3]])
         >>> prox_graph_tv(torch.tensor([0.0, 1.0, 2.0, -3.0]), 0.5, star)
         tensor([ 0.5000,  0.5000,  1.5000, -2.5000])
 
@@ -124,13 +124,13 @@ def _graph(x: Tensor, edges: Tensor, dim: int, on_failure: OnFailure) -> Edges:
         raise ValueError(f"edges: expected a tensor, got {type(edges).__name__}")
     if edges.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"edges: expected an integer tensor (int64 or int32), got {edges.dtype}")
-    if edges.ndim != 2 or edges.shape[1] != 2:
-        raise ValueError(f"edges: expected shape (m, 2), got {tuple(edges.shape)}")
+    if edges.ndim != 2 or edges.shape[0] != 2:
+        raise ValueError(f"edges: expected shape (2, m), got {tuple(edges.shape)}")
     if edges.device != x.device:
         raise ValueError(f"edges: expected device {x.device} as of x, got {edges.device}")
     nodes = x.shape[dim] if -x.ndim <= dim < x.ndim else 0  # a wrong dim is refused in a moment
     pairs = edges.to(torch.int64)
-    tail, head = (plain("edges", pairs[:, i]) for i in range(2))  # what a transform computes, it wraps
+    tail, head = (plain("edges", pairs[i]) for i in range(2))  # what a transform computes, it wraps
     if nodes and on_failure != "ignore" and pairs.numel() and not pairs.is_meta:
         low, high = (int(m) for m in plain("edges", pairs).aminmax())
         if low < 0 or high >= nodes:

@@ -302,7 +302,7 @@ OTHER = {
     "prox_spectral_l2": lambda x, t: spectral(x, lambda s: cap(s, t)),
     "prox_tv1d": lambda x, t, weights: graph_tv(x, t, chain(len(x)), weights),
     "prox_tv2d": tv2d,
-    "prox_graph_tv": lambda x, t, edges, weights: graph_tv(x, t, edges.T, weights),
+    "prox_graph_tv": lambda x, t, edges, weights: graph_tv(x, t, edges, weights),
     "prox_quadratic": lambda x, t, Q, q: np.linalg.solve(np.eye(len(x)) + t * Q, x - t * q),
     "project_simplex": simplex,
     "project_capped_simplex": capped,
@@ -365,7 +365,7 @@ def models(cp: Any) -> dict[str, Callable[..., tuple[Any, list[Any]]]]:
             if isotropic
             else (cp.sum(cp.abs(cp.diff(z, axis=0))) + cp.sum(cp.abs(cp.diff(z, axis=1))), [])
         ),
-        "prox_graph_tv": lambda z, edges, weights: (weights @ cp.abs(z[edges[:, 0]] - z[edges[:, 1]]), []),
+        "prox_graph_tv": lambda z, edges, weights: (weights @ cp.abs(z[edges[0]] - z[edges[1]]), []),
         "prox_quadratic": lambda z, Q, q: (cp.quad_form(z, cp.psd_wrap(Q)) / 2 + q @ z, []),
         "project_simplex": lambda z, radius: (0, [z >= 0, cp.sum(z) == radius]),
         "project_capped_simplex": lambda z, total, upper: (0, [z >= 0, z <= upper, cp.sum(z) == total]),
@@ -490,7 +490,7 @@ def definite(seed: int, n: int) -> np.ndarray:
 T = np.array([0.45, 0.8])
 X = draw(1, N)
 LABELS = np.array([[1.0, -1, 1, 1, -1], [-1.0, -1, 1, -1, 1]])
-CYCLE = np.array([[0, 1], [1, 2], [2, 3], [3, 4], [0, 4], [1, 3]])
+CYCLE = np.array([[0, 1], [1, 2], [2, 3], [3, 4], [0, 4], [1, 3]]).T
 ORTHOGONAL = np.stack([np.linalg.qr(m)[0] for m in draw(60, 4, 3)])
 LINEAR = {"x": 1, "t": 1}
 

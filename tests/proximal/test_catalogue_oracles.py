@@ -40,7 +40,7 @@ LOOPS: dict[str, tuple[str, dict[str, Any]]] = {  # what sorts or branches, with
     "prox_linf": ("t", {}),
     "prox_slope": ("t", {"weights": np.repeat(np.linspace(1.5, 0.5, 6), 2)}),
     "prox_tv1d": ("t", {"weights": np.ones(11)}),
-    "prox_graph_tv": ("t", {"edges": np.stack([np.arange(12), np.arange(1, 13) % 12], 1), "weights": np.ones(12)}),
+    "prox_graph_tv": ("t", {"edges": np.stack([np.arange(12), np.arange(1, 13) % 12]), "weights": np.ones(12)}),
     "project_simplex": ("radius", {}),
     "project_l1_ball": ("radius", {}),
     "project_capped_simplex": ("total", {"upper": 0.5}),

@@ -20,24 +20,24 @@ def random_graph(nodes: int, edges: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     tree = [[int(torch.randint(i, (), generator=generator)), i] for i in range(1, nodes)]
     more = torch.randint(nodes, (edges - len(tree), 2), generator=generator)
-    return torch.cat([torch.tensor(tree), more])
+    return torch.cat([torch.tensor(tree), more]).T
 
 
 def chain(n: int) -> Tensor:
-    return torch.stack([torch.arange(n - 1), torch.arange(1, n)], -1)
+    return torch.stack([torch.arange(n - 1), torch.arange(1, n)])
 
 
 def grid(height: int, width: int) -> Tensor:
     index = torch.arange(height * width).reshape(height, width)
-    right = torch.stack([index[:, :-1].flatten(), index[:, 1:].flatten()], -1)
-    return torch.cat([right, torch.stack([index[:-1].flatten(), index[1:].flatten()], -1)])
+    right = torch.stack([index[:, :-1].flatten(), index[:, 1:].flatten()])
+    return torch.cat([right, torch.stack([index[:-1].flatten(), index[1:].flatten()])], 1)
 
 
 def conic(x: Tensor, bound: Tensor, edges: Tensor) -> Tensor:
     import cvxpy as cp
 
     z = cp.Variable(len(x))
-    tail, head = edges.T.numpy()
+    tail, head = edges.numpy()
     objective = bound.numpy() @ cp.abs(z[head] - z[tail]) + cp.sum_squares(z - x.numpy()) / 2
     cp.Problem(cp.Minimize(objective)).solve(solver=cp.CLARABEL, tol_gap_abs=1e-13, tol_gap_rel=1e-13, tol_feas=1e-13)
     return torch.from_numpy(z.value)
@@ -48,7 +48,7 @@ def conic(x: Tensor, bound: Tensor, edges: Tensor) -> Tensor:
     "edges", [random_graph(14, 13), random_graph(14, 25), grid(4, 4)], ids=["tree", "graph", "grid"]
 )
 def test_equals_conic_solver(edges: Tensor, t: float):
-    x, w = normal(int(edges.max()) + 1), normal(len(edges), seed=1).exp()
+    x, w = normal(int(edges.max()) + 1), normal(edges.shape[1], seed=1).exp()
     expected = conic(x, t * w, edges)
     torch.testing.assert_close(prox_graph_tv(x, t, edges, weights=w), expected, atol=1e-7, rtol=0)
 
@@ -106,21 +106,21 @@ def test_a_wrong_partition_is_never_taken_for_converged():
 
 
 def test_ties_are_one_piece():
-    star = torch.tensor([[0, 1], [0, 2], [0, 3]])
+    star = torch.tensor([[0, 0, 0], [1, 2, 3]])
     x = torch.tensor([0.5, 1.0, 0.0, 0.5], dtype=torch.float64)
     J = torch.autograd.functional.jacobian(lambda x: prox_graph_tv(x, 0.5, star), x)
     torch.testing.assert_close(J, torch.full((4, 4), 0.25, dtype=torch.float64))
     # without weight nothing is joined, and pieces with equal values are two where no edge joins them
     J = torch.autograd.functional.jacobian(lambda x: prox_graph_tv(x, 0.0, star), torch.ones(4, dtype=torch.float64))
     torch.testing.assert_close(J, torch.eye(4, dtype=torch.float64))
-    pairs = torch.tensor([[0, 1], [2, 3]])
+    pairs = torch.tensor([[0, 2], [1, 3]])
     J = torch.autograd.functional.jacobian(lambda x: prox_graph_tv(x, 1.0, pairs), torch.ones(4, dtype=torch.float64))
     assert J[0, 2] == 0
     assert J[0, 1] == 0.5
 
 
 def test_an_endless_step_gives_the_mean_of_every_component():
-    edges = torch.tensor([[0, 1], [1, 2], [3, 4]])
+    edges = torch.tensor([[0, 1, 3], [1, 2, 4]])
     x = normal(6)
     z = prox_graph_tv(x, math.inf, edges)
     expected = torch.cat([x[:3].mean().expand(3), x[3:5].mean().expand(2), x[5:]])
@@ -137,12 +137,12 @@ def test_scales(scale: float):
 def test_order_in_a_pair_loops_repetitions_and_integers():
     edges, x = random_graph(12, 20), normal(12)
     z = prox_graph_tv(x, 0.3, edges)
-    torch.testing.assert_close(prox_graph_tv(x, 0.3, edges.flip(-1)), z, atol=1e-12, rtol=0)
+    torch.testing.assert_close(prox_graph_tv(x, 0.3, edges.flip(0)), z, atol=1e-12, rtol=0)
     torch.testing.assert_close(prox_graph_tv(x, 0.3, edges.int()), z)
-    torch.testing.assert_close(prox_graph_tv(x, 0.15, torch.cat([edges, edges])), z, atol=1e-12, rtol=0)
-    loops = torch.arange(12).unsqueeze(-1).expand(-1, 2)
-    torch.testing.assert_close(prox_graph_tv(x, 0.3, torch.cat([edges, loops])), z, atol=1e-12, rtol=0)
-    assert (prox_graph_tv(x, 0.3, edges[:0]) == x).all()
+    torch.testing.assert_close(prox_graph_tv(x, 0.15, torch.cat([edges, edges], 1)), z, atol=1e-12, rtol=0)
+    loops = torch.arange(12).expand(2, -1)
+    torch.testing.assert_close(prox_graph_tv(x, 0.3, torch.cat([edges, loops], 1)), z, atol=1e-12, rtol=0)
+    assert (prox_graph_tv(x, 0.3, edges[:, :0]) == x).all()
 
 
 def test_batches_and_dim():
@@ -163,7 +163,7 @@ def test_single_precision():
     # the pieces are found in double precision, and those of the rounded signal exactly
     x = (2 * normal(6, 256)).float()
     ring = torch.arange(256)
-    edges = torch.cat([torch.stack([ring, (ring + k) % 256], -1) for k in (1, 17)])
+    edges = torch.cat([torch.stack([ring, (ring + k) % 256]) for k in (1, 17)], 1)
     z, exact = prox_graph_tv(x, 0.7, edges), prox_graph_tv(x.double(), float(torch.tensor(0.7)), edges)
     for single, double in zip(z, exact, strict=True):
         assert len(single.unique()) == len(double.unique())
@@ -194,10 +194,10 @@ def test_failures_are_told():
     ("edges", "message"),
     [
         ([[0, 1], [1, 2]], r"edges: expected a tensor, got list"),
-        (torch.zeros(2, 3, dtype=torch.int64), r"edges: expected shape \(m, 2\), got \(2, 3\)"),
+        (torch.zeros(3, 2, dtype=torch.int64), r"edges: expected shape \(2, m\), got \(3, 2\)"),
         (torch.zeros(2, 2), r"edges: expected an integer tensor"),
         (torch.tensor([[0, 1], [1, 4]]), r"edges: expected nodes in 0\.\.3, got 0\.\.4"),
-        (torch.tensor([[0, -1]]), r"edges: expected nodes in 0\.\.3, got -1\.\.0"),
+        (torch.tensor([[0], [-1]]), r"edges: expected nodes in 0\.\.3, got -1\.\.0"),
     ],
 )
 def test_bad_edges_are_refused(edges: Tensor, message: str):

@@ -29,7 +29,7 @@ WEIGHTS = normal(32, 3, 4).exp()
 FALLING = numbers([1.5, 1.0, 0.6, 0.1])
 PAIRS = normal(33, 3, 3).exp()
 
-EDGES = ((0, 1), (1, 2), (2, 3), (3, 0), (0, 2))
+EDGES = ((0, 1, 2, 3, 0), (1, 2, 3, 0, 2))
 EDGE_WEIGHTS = normal(34, 5).exp()
 IMAGES = normal(35, 2, 2, 3)
 SMALL = normal(36, 3, 2, 2)
@@ -74,7 +74,7 @@ def _tv1d(x: np.ndarray, t: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 
 def _graph_tv(x: np.ndarray, t: np.ndarray, w: np.ndarray) -> np.ndarray:
-    return variation(x, t * w, np.array(EDGES).T)
+    return variation(x, t * w, np.array(EDGES))
 
 
 def _edges(x: Tensor) -> Tensor:
