@@ -44,7 +44,8 @@ def exact(data: list[torch.Tensor], active: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_equals_clarabel(solver):
-    cp = pytest.importorskip("cvxpy")
+    import cvxpy as cp
+
     P, q, G, h, A, b = problem(4, 10)
     found = quadratic_program_ex(P, q, G, h, A, b, solver=solver)
     for i in range(4):
