@@ -224,9 +224,12 @@ def draw_reading(reading: Reading, path: Path) -> Path:
 SNIPPET = """
 class Reader(nn.Module):
     def forward(self, x, known, labels):
-        D, y = self.embed(known).mT, self.embed(x)      # known digits are the columns of D
-        z = lasso(D, y, self.threshold.exp())           # argmin 1/2 |y - D z|^2 + threshold |z|_1
-        return self.scale * z @ one_hot(labels, 10)     # each known digit votes for its label
+        # known digits are the columns of D
+        D, y = self.embed(known).mT, self.embed(x)
+        # argmin 1/2 |y - D z|^2 + threshold |z|_1
+        z = lasso(D, y, self.threshold.exp())
+        # each known digit votes for its label
+        return self.scale * z @ one_hot(labels, 10)
 """
 
 
