@@ -19,9 +19,9 @@ from ._interior_point import InteriorPoint
 from ._moreau import Moreau
 from ._positive_semidefinite import PositiveSemidefinite
 from ._power import DualPower, Power
+from ._program_problem import ProgramSolver
 from ._quadratic_program import (
     ProgramPoint,
-    ProgramSolver,
     project_polyhedron,
     quadratic_program,
     quadratic_program_ex,
