@@ -56,7 +56,7 @@ from ._train_proximal import MatchingSchedule, MatchingStage, TrainingRecord, tr
 from ._transport_polytope import project_transport, project_transport_ex
 from ._tv1d import prox_tv1d
 from ._tv2d import prox_tv2d, prox_tv2d_ex
-from ._tv2d_interior import InteriorPoint
+from ._tv2d_interior import TV2DInteriorPoint
 
 __all__ = [
     "ADMM",
@@ -71,7 +71,6 @@ __all__ = [
     "GroupL2",
     "Hutchinson",
     "InputConvexNetwork",
-    "InteriorPoint",
     "LearnedProximal",
     "MatchingSchedule",
     "MatchingStage",
@@ -82,6 +81,7 @@ __all__ = [
     "Restoration",
     "SparseCoding",
     "SupervisedDictionary",
+    "TV2DInteriorPoint",
     "TrainingRecord",
     "complete_matrix",
     "complete_matrix_ex",

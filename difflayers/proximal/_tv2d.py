@@ -35,11 +35,11 @@ from ._identify import identify
 from ._operands import Number, as_tensor, on_matrices, per_element
 from ._partition import block_means
 from ._tv2d_gradient import minimise as minimise_by_gradients
-from ._tv2d_interior import InteriorPoint
+from ._tv2d_interior import TV2DInteriorPoint
 from ._tv2d_interior import minimise as minimise_by_interior_point
 from ._tv2d_pieces import Pieces, curvature, pixel_edges, pull, solve_on_pieces, times
 
-Solver = InteriorPoint | DualGradient
+Solver = TV2DInteriorPoint | DualGradient
 
 LARGE = 64  # the shorter side from which on gradients are the default for isotropic total variation
 LARGEST_SYSTEM = 1 << 24  # numbers in the blocks of what is factorised at once
@@ -52,7 +52,7 @@ def prox_tv2d(
     t: Number,
     *,
     isotropic: bool = True,
-    solver: InteriorPoint | DualGradient | None = None,
+    solver: TV2DInteriorPoint | DualGradient | None = None,
     on_failure: OnFailure = "raise",
 ) -> Tensor:
     """The prox of total variation of an image (Rudin, Osher, Fatemi).
@@ -64,7 +64,7 @@ def prox_tv2d(
         x: ``(*batch, H, W)``.
         t: Step, at least 0: a number, or a tensor that broadcasts to the batch.
         isotropic: Euclidean length of the two differences; otherwise the sum of their absolute values.
-        solver: For isotropic total variation ``InteriorPoint()``, which is exact and costs about ``20 H W min(H, W)^2``
+        solver: For isotropic total variation ``TV2DInteriorPoint()``, which is exact and costs about ``20 H W min(H, W)^2``
             flops a step, or ``DualGradient(rtol)``; None takes the latter, to a relative distance of 1e-3 that is
             proved (and is far less as a rule), where the shorter side exceeds 64. Otherwise ``DualGradient()``.
         on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone) or ``"ignore"``.
@@ -93,7 +93,7 @@ def prox_tv2d(
 
 
 def prox_tv2d_ex(
-    x: Tensor, t: Number, *, isotropic: bool = True, solver: InteriorPoint | DualGradient | None = None
+    x: Tensor, t: Number, *, isotropic: bool = True, solver: TV2DInteriorPoint | DualGradient | None = None
 ) -> Solution[Tensor]:
     """As :func:`prox_tv2d`, returning an unchecked :class:`~difflayers.Solution`.
 
@@ -122,9 +122,9 @@ def _apply(run: Callable[..., Tensor], x: Tensor, t: Number, isotropic: bool, so
     height, width = x.shape[-2:]
     if solver is None:
         exact = min(height, width) <= LARGE
-        solver = InteriorPoint() if isotropic and exact else DualGradient()
-    if not isinstance(solver, InteriorPoint | DualGradient if isotropic else DualGradient):
-        expected = "InteriorPoint or DualGradient" if isotropic else "DualGradient, since isotropic is False"
+        solver = TV2DInteriorPoint() if isotropic and exact else DualGradient()
+    if not isinstance(solver, TV2DInteriorPoint | DualGradient if isotropic else DualGradient):
+        expected = "TV2DInteriorPoint or DualGradient" if isotropic else "DualGradient, since isotropic is False"
         raise ValueError(f"solver: expected {expected}, got {type(solver).__name__}")
 
     def formula(x: Tensor, t: Number) -> Tensor:

@@ -31,7 +31,7 @@ END = 1e-15  # where the gap is rounding
 
 
 @dataclass(frozen=True)
-class InteriorPoint:
+class TV2DInteriorPoint:
     """An interior-point method, finished by Newton's method on the pieces.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from difflayers import SolveWarning, Status
 from difflayers.proximal import (
     DualGradient,
-    InteriorPoint,
+    TV2DInteriorPoint,
     prox_graph_tv,
     prox_tv1d,
     prox_tv2d,
@@ -111,7 +111,7 @@ def test_anisotropic_is_the_graph_of_pixels():
 
 def test_solvers_agree_within_what_they_prove():
     x = square(32)
-    exact = prox_tv2d_ex(x, 0.2, solver=InteriorPoint())
+    exact = prox_tv2d_ex(x, 0.2, solver=TV2DInteriorPoint())
     assert exact.status == Status.CONVERGED
     assert exact.residual < 1e-5
     for rtol in (1e-1, 1e-2, 1e-3):
@@ -119,7 +119,7 @@ def test_solvers_agree_within_what_they_prove():
         assert near.status == Status.CONVERGED
         assert torch.linalg.vector_norm(near.value - exact.value) <= near.residual + exact.residual
         assert near.residual < 2 * rtol * torch.linalg.vector_norm(x - x.mean())
-    rough = prox_tv2d_ex(x, 0.2, solver=InteriorPoint(rtol=1e-2))
+    rough = prox_tv2d_ex(x, 0.2, solver=TV2DInteriorPoint(rtol=1e-2))
     assert rough.steps < exact.steps
     assert torch.linalg.vector_norm(rough.value - exact.value) <= rough.residual + exact.residual
 
@@ -181,7 +181,7 @@ def test_single_precision(isotropic: bool):
 def test_failures_are_told():
     x = normal(2, 6, 6)
     with pytest.warns(SolveWarning, match="prox_tv2d"):
-        prox_tv2d(x, 0.4, solver=InteriorPoint(max_steps=1))
+        prox_tv2d(x, 0.4, solver=TV2DInteriorPoint(max_steps=1))
     with pytest.warns(SolveWarning, match="prox_tv2d"):
         prox_tv2d(x, 0.4, solver=DualGradient(rtol=1e-9, max_steps=20))
     x[1, 2, 3] = math.nan
@@ -195,7 +195,7 @@ def test_failures_are_told():
 @pytest.mark.parametrize("options", [{"rtol": 0.0}, {"max_steps": 0}])
 def test_bad_options_are_refused(options: dict[str, float]):
     with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
-        InteriorPoint(**options)
+        TV2DInteriorPoint(**options)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 6), (5, 1), (2, 2), (4, 7), (8, 3), (9, 9)])

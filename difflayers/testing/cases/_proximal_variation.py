@@ -10,7 +10,7 @@ from torch import Tensor
 
 from difflayers.proximal import (
     DualGradient,
-    InteriorPoint,
+    TV2DInteriorPoint,
     project_isotonic,
     prox_graph_tv,
     prox_graph_tv_ex,
@@ -233,8 +233,8 @@ CASES: tuple[LayerCase, ...] = (
         representative=True,
         tolerant=lambda x, t: prox_tv2d(x, t, on_failure="nan"),
         solution=prox_tv2d_ex,
-        starved=lambda x, t: prox_tv2d(x, t, solver=InteriorPoint(max_steps=1)),
-        starved_solution=lambda x, t: prox_tv2d_ex(x, t, solver=InteriorPoint(max_steps=1)),
+        starved=lambda x, t: prox_tv2d(x, t, solver=TV2DInteriorPoint(max_steps=1)),
+        starved_solution=lambda x, t: prox_tv2d_ex(x, t, solver=TV2DInteriorPoint(max_steps=1)),
         hostile=(
             Hostile("zero", (0 * IMAGES, T[:2])),
             Hostile("constant", (0 * IMAGES + 0.1, T[:2])),
@@ -271,8 +271,8 @@ CASES: tuple[LayerCase, ...] = (
             Wrong(
                 "a solver of the other kind",
                 (SMALL, T),
-                r"solver: expected DualGradient, since isotropic is False, got InteriorPoint",
-                fn=lambda x, t: prox_tv2d(x, t, isotropic=False, solver=InteriorPoint()),
+                r"solver: expected DualGradient, since isotropic is False, got TV2DInteriorPoint",
+                fn=lambda x, t: prox_tv2d(x, t, isotropic=False, solver=TV2DInteriorPoint()),
             ),
         ),
     ),
