@@ -64,9 +64,10 @@ def prox_tv2d(
         x: ``(*batch, H, W)``.
         t: Step, at least 0: a number, or a tensor that broadcasts to the batch.
         isotropic: Euclidean length of the two differences; otherwise the sum of their absolute values.
-        solver: For isotropic total variation ``TV2DInteriorPoint()``, which is exact and costs about ``20 H W min(H, W)^2``
-            flops a step, or ``DualGradient(rtol)``; None takes the latter, to a relative distance of 1e-3 that is
-            proved (and is far less as a rule), where the shorter side exceeds 64. Otherwise ``DualGradient()``.
+        solver: For isotropic total variation ``TV2DInteriorPoint()``, which is exact and costs about
+            ``20 H W min(H, W)^2`` flops a step, or ``DualGradient(rtol)``; None takes the latter, to a relative
+            distance of 1e-3 that is proved (and is far less as a rule), where the shorter side exceeds 64. Otherwise
+            ``DualGradient()``.
         on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone) or ``"ignore"``.
 
     Returns:
