@@ -263,9 +263,8 @@ class SystemSolve(torch.autograd.Function):
             x, info = system.solver.solve(system, params, factors, rhs, transpose, init)
             if current_listeners():  # a trace wants to know how good a direct solve is, too
                 miss = system.operator(params, rhs, transpose)(x) - rhs
-                info = info._replace(
-                    residual=torch.linalg.vector_norm(miss.flatten(rhs.ndim - system.vector_ndim), dim=-1)
-                )
+                flat = miss.flatten(rhs.ndim - system.vector_ndim) if system.vector_ndim else miss.unsqueeze(-1)
+                info = info._replace(residual=torch.linalg.vector_norm(flat, dim=-1))
             return x, info
 
         with plain_forward(rhs):

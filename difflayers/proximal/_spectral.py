@@ -152,9 +152,16 @@ class Slope(torch.autograd.Function):
         return Slope.apply(potential, *moved), 0
 
 
+_NO_THIRD = "functions of singular values have derivatives of first and second order, not of third"
+
+
 @quick_apply
 class Curvature(torch.autograd.Function):
-    """``(y, h, k, *constants)`` to the second derivative along h and k; it has no derivative of its own."""
+    """``(y, h, k, *constants)`` to the second derivative along h and k.
+
+    It is symmetric and linear in h, in k and in its cotangent, and so it is its own derivative in h and k. In y it has
+    none here.
+    """
 
     @staticmethod
     def forward(potential: Potential, y: Tensor, h: Tensor, k: Tensor, *constants: Tensor) -> Tensor:
@@ -163,13 +170,28 @@ class Curvature(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        _keep(ctx, *inputs)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("functions of singular values have derivatives of first and second order, not of third")
+    @batched_backward
+    def backward(ctx: Any, g: Tensor) -> Any:
+        y, h, k, *constants = map(alive, ctx.saved_tensors)
+        _, for_y, for_h, for_k, *_ = ctx.needs_input_grad
+        if for_y:
+            raise RuntimeError(_NO_THIRD)
+        h_bar = _fit(Curvature.apply(ctx.potential, y, g, k, *constants), h) if for_h else None
+        k_bar = _fit(Curvature.apply(ctx.potential, y, h, g, *constants), k) if for_k else None
+        return None, None, h_bar, k_bar, *([None] * len(constants))
 
-    jvp = backward
+    @staticmethod
+    def jvp(ctx: Any, _potential: None, y_t: Tensor | None, h_t: Tensor | None, k_t: Tensor | None, *_: Any) -> Any:
+        if y_t is not None:
+            raise RuntimeError(_NO_THIRD)
+        with forward_mode():
+            y, h, k, *constants = map(primal, ctx.saved_tensors)
+            parts = [] if h_t is None else [Curvature.apply(ctx.potential, y, primal(h_t), k, *constants)]
+            parts += [] if k_t is None else [Curvature.apply(ctx.potential, y, h, primal(k_t), *constants)]
+            return sum(parts[1:], parts[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, potential: Potential, *tensors: Tensor) -> Any:

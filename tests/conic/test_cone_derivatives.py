@@ -9,6 +9,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jacrev, vmap
 
+import difflayers
 import difflayers.conic._positive_semidefinite as psd
 import difflayers.conic._root_search as root_search
 from difflayers.conic import (
@@ -248,3 +249,17 @@ def test_radial_derivative_by_the_normal():
     expected = torch.eye(3, dtype=torch.float64) - torch.outer(d, g) / (g @ d)
     torch.testing.assert_close(jacrev(lambda v: Exponential().radial_project(v, d))(v), expected)
     assert bool((landed != v).all())
+
+
+def test_semidefinite_second_derivatives_forward_over_reverse():
+    """As an implicit layer needs them: the derivative of a vector-Jacobian product in the vector."""
+    X = torch.randn(2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert gradgradcheck(PositiveSemidefinite().project, X, check_fwd_over_rev=True)
+
+
+def test_a_trace_sees_the_scalar_root_of_a_projection():
+    x = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    with difflayers.trace() as solves:
+        Exponential().project(x).sum().backward()
+    assert {s.phase for s in solves} == {"forward", "adjoint"}
+    assert all(float(s.residual.max()) < 1e-12 for s in solves)
