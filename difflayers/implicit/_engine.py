@@ -12,6 +12,7 @@ carries its own derivative. This file is the only one above ``linalg`` that know
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,15 +117,18 @@ class SolutionMap(torch.autograd.Function):
 
         with plain_forward(args[0] if init is None else init):
             (value, factors), info = timed(problem.name, "forward", solve)
-        names = problem.arg_names or tuple(f"args[{i}]" for i in range(len(args)))
-        named = [*zip(names, args, strict=True), *([] if init is None else [("init", init)])]
+
+        def diagnose() -> None:
+            names = problem.arg_names or tuple(f"args[{i}]" for i in range(len(args)))
+            check_finite([*zip(names, args, strict=True), *([] if init is None else [("init", init)])])
+
         value = settle(
             value,
             info,
             task.on_failure,
             name=problem.name,
             present=task.present,
-            diagnose=lambda: check_finite(named),
+            diagnose=diagnose,
         )
         return (value, *info, *factors)
 
@@ -166,7 +170,9 @@ class SolutionMap(torch.autograd.Function):
         if g.numel() == 0:
             return g.clone()
         task: Task = ctx.task
-        system = replace(task.system(value), recorded=recorded)
+        system = task.system(value)
+        if recorded is not None:
+            system = replace(system, recorded=recorded)
         k = task.problem.value_ndim
         rhs = task.to_vector(g if masked is None else torch.where(expand_mask(masked[0], k), 0, g))
         if task.problem.linear_solve is None and system.factor_ndims:
@@ -175,19 +181,26 @@ class SolutionMap(torch.autograd.Function):
                 factors = Factorise.apply(system, task.to_vector(value), value, *args)
                 if torch.is_grad_enabled() and not any(map(torch._C._functorch.is_functorch_wrapped_tensor, factors)):
                     ctx.factors = factors  # double backward comes through this node again, with the same factorisation
-        w = SystemSolve.apply(system, transpose, "adjoint", None, rhs, *factors, value, *args)[0].reshape(g.shape)
+        # where nothing records, the rule itself: the apply of a Function takes as long as a small solve
+        recording = torch.is_grad_enabled() or transforms_active()
+        solve = SystemSolve.apply if recording else SystemSolve.forward
+        w = solve(system, transpose, "adjoint", None, rhs, *factors, value, *args)[0].reshape(g.shape)
         return w if masked is None else mask_failed(w, g, masked[0], masked[1], k)
 
     @staticmethod
     @batched_backward
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Any, ...]:
         value, masked, factors, args = SolutionMap.unpack(ctx)
-        with listening(ctx.listeners), autocast_off(value):
-            residual = ctx.task.problem.residual
+        heard = listening(ctx.listeners) if ctx.listeners else contextlib.nullcontext()
+        with heard, autocast_off(value):
+            residual, written = ctx.task.problem.residual, ctx.task.problem.cotangents
             wanted = [n and a.is_floating_point() for n, a in zip(ctx.needs_input_grad[2:], args, strict=True)]
             if torch.is_grad_enabled() or transforms_active() or g.numel() == 0:
                 v = SolutionMap.linear_solve(ctx, True, g, value, masked, factors, args)
                 grads = vjp_where(lambda *a: residual(value, *a), args, wanted, -v)
+            elif written is not None:
+                v = SolutionMap.linear_solve(ctx, True, g, value, masked, factors, args)
+                grads = written(value, tuple(args), -v, wanted)
             else:
                 recorded = Recorded.at(residual, value, args, wanted)
                 v = SolutionMap.linear_solve(ctx, True, g, value, masked, factors, args, recorded)

@@ -39,6 +39,9 @@ class ImplicitProblem:
             dimensions broadcast.
         linear_solve: ``(value, args, factors, rhs, transpose) -> (x, Info)`` with ``(dF/dvalue) x = rhs`` or its
             transpose; numbers only, it is never differentiated itself. None: the adjoint's own solver.
+        cotangents: ``(value, args, w, wanted) -> list`` with ``(dF/darg)^T w`` of the `wanted` arguments and None for
+            the others, on plain tensors: a formula that is quicker than the graph of the residual in a first-order
+            backward pass. None: the residual's own.
         value_ndim: Trailing dimensions of the value that make one unknown.
         arg_ndims: The same for every argument.
         factor_ndims: The same for every factor.
@@ -53,6 +56,7 @@ class ImplicitProblem:
     solve: Callable[..., tuple[Tensor, Info, Params]]
     residual: Callable[..., Tensor]
     linear_solve: Callable[..., tuple[Tensor, Info]] | None = None
+    cotangents: Callable[..., list[Tensor | None]] | None = None
     value_ndim: int
     arg_ndims: tuple[int, ...] | None
     factor_ndims: tuple[int, ...] = ()

@@ -91,11 +91,11 @@ def pools(x: Tensor, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
     # entries at the top, which are never pooled, fill up to a short stretch times a power of 2
     y = torch.cat([x, x.amax(-1, keepdim=True).expand(*batch, size - n)], -1).reshape(-1, size)
     w = None if w is None else pad(w, (0, size - n), value=1.0).reshape(-1, size)
-    sums = _RangeSums(y, w)
+    sums = RangeSums(y, w)
     z = _solve_short(y, w)
     half = SHORT
     while half < size:
-        z = _merge(z, sums, half)
+        z = merge(z, sums, half)
         half *= 2
     z = z[:, :n].reshape(*batch, n)
     sound = torch.isfinite(x).all(-1, keepdim=True)  # one NaN makes the whole vector one block of NaN
@@ -122,7 +122,7 @@ def _solve_short(x: Tensor, w: Tensor | None) -> Tensor:
     return torch.stack(z, -1).flatten(-2)
 
 
-class _RangeSums:
+class RangeSums:
     """Sums of ``w x`` and ``w`` over ranges of entries, from prefix sums of twice the precision."""
 
     def __init__(self, x: Tensor, w: Tensor | None) -> None:
@@ -145,7 +145,7 @@ class _RangeSums:
         return wx, difference[..., 2] + difference[..., 3] if self.weighted else (end - start).to(wx.dtype)
 
 
-def _merge(z: Tensor, sums: _RangeSums, half: int) -> Tensor:
+def merge(z: Tensor, sums: RangeSums, half: int) -> Tensor:
     """Merges neighbouring stretches of length `half`, each solved; ``(rows, n)`` to the same shape."""
     pairs = z.unflatten(-1, (-1, 2, half))
     left, right = pairs[..., 0, :].contiguous(), pairs[..., 1, :].contiguous()
