@@ -36,9 +36,17 @@ help:
 	@$(INSTALL) --no-build-isolation --editable .
 	@touch $@
 
-# .venv/.dev, .venv/.docs, .venv/.bench, .venv/.examples: the extras of pyproject.toml
+# .venv/.dev, .venv/.docs, .venv/.examples: the extras of pyproject.toml
 .venv/.%: .venv/.base
 	@$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# qpth, a peer in the benchmarks of quadratic programs, asks for numpy<2 and works with numpy 2, which cvxpy asks for. So
+# it cannot be in the extra: it comes after it, as it is, without a look at what it asks for.
+.venv/.bench: .venv/.base
+	@$(INSTALL) --no-build-isolation --editable '.[bench]'
+	@$(INSTALL) setuptools
+	@$(INSTALL) --no-deps --no-build-isolation qpth
 	@touch $@
 
 # --------------------------------------------------------------------------------------------------------- targets

@@ -165,3 +165,41 @@ def test_rows_of_zeros_bind_nothing(solver):
     padded, bounds = torch.cat([G, torch.zeros(2, 6, dtype=F64)]), torch.cat([h, torch.ones(3, 2, dtype=F64)], -1)
     expected = quadratic_program(P, q, G, h, solver=solver)
     torch.testing.assert_close(quadratic_program(P, q, padded, bounds, solver=solver), expected)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("quadratic", ["definite", "singular", "none"])
+@pytest.mark.parametrize("scale", [1e-9, 1e-6, 1e6, 1e9])
+def test_units_do_not_matter(solver, quadratic, scale):
+    """Objective, rows and variables in other units: the same solution and derivative, since both are known exactly."""
+    P, q, G, h, A, b = problem(4, 6, seed=3)
+    P = {"definite": P, "singular": torch.diag(torch.tensor([1.0, 1, 0, 0, 0, 0], dtype=F64)), "none": 0 * P}[quadratic]
+    G = torch.cat([G, torch.eye(6, dtype=F64), -torch.eye(6, dtype=F64)])
+    h = torch.cat([h, torch.full((4, 12), 5.0, dtype=F64)], -1)
+
+    def run(P, q, G, h, A, b, unit=1.0):
+        q, h = q.clone().requires_grad_(), h.clone().requires_grad_()
+        x = quadratic_program(P, q, G, h, A, b, solver=solver) / unit
+        weights = torch.linspace(-1, 1, 6, dtype=F64)
+        by_q, by_h = torch.autograd.grad(x @ weights, (q, h), torch.ones(4, dtype=F64))
+        return x, by_q, by_h
+
+    x, by_q, by_h = run(P, q, G, h, A, b)
+    others = {
+        "objective": (run(P * scale, q * scale, G, h, A, b), scale, 1.0),
+        "rows": (run(P, q, G * scale, h * scale, A * scale, b * scale), 1.0, scale),
+        "variables": (run(P / scale, q, G, h * scale, A, b * scale, scale), 1.0, scale),
+    }
+    for (x2, by_q2, by_h2), unit_q, unit_h in others.values():
+        # a derivative that is zero, as a vertex has in q, is so up to rounding in its own units
+        atol = 1e-9 + (1e-14 * max(scale, 1 / scale) if quadratic == "none" else 0)
+        for ours, theirs in ((x2, x), (by_q2 * unit_q, by_q), (by_h2 * unit_h, by_h)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=atol)
+
+
+def test_bad_solver_and_no_variables():
+    one = torch.ones(1, dtype=F64)
+    with pytest.raises(ValueError, match=r"solver: expected Moreau\(\), InteriorPoint\(\) or None, got 'x'"):
+        quadratic_program(torch.eye(1, dtype=F64), one, solver="x")
+    with pytest.raises(ValueError, match=r"q: expected at least 1 variable"):
+        quadratic_program(one.new_zeros(0, 0), one.new_zeros(0))

@@ -1,0 +1,141 @@
+"""Sparse matrices as programs take them: a pattern that all elements share, and values with a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from difflayers._checks import check_tensor
+from difflayers.linalg._autodiff import plain
+
+
+class SparseMatrix(NamedTuple):
+    """A matrix in compressed sparse row format whose values are an ordinary tensor.
+
+    Where a program takes a matrix, it takes one of these. Unlike with a tensor of layout ``torch.sparse_csr``, values
+    may differ by batch element, and derivatives of every order and all transforms work, since torch sees dense tensors.
+
+    Attributes:
+        crow_indices: ``(rows + 1)`` integers: where each row begins in the values.
+        col_indices: ``(nnz)`` integers, rising within each row.
+        values: ``(*batch, nnz)``.
+        shape: Rows and columns.
+
+    Example:
+        >>> import torch
+        >>> from difflayers.conic import SparseMatrix, quadratic_program
+        >>> values = torch.tensor([2.0, 4.0], requires_grad=True)
+        >>> P = SparseMatrix(torch.tensor([0, 1, 2]), torch.tensor([0, 1]), values, (2, 2))
+        >>> x = quadratic_program(P, torch.tensor([-2.0, -2.0]))
+        >>> x, torch.autograd.grad(x.sum(), values)[0]
+        (tensor([1.0000, 0.5000], grad_fn=<...>), tensor([-0.5000, -0.1250]))
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+
+Matrix = Tensor | SparseMatrix
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Where the values of a matrix stand."""
+
+    crow: Tensor
+    rows: Tensor
+    cols: Tensor
+    shape: tuple[int, int]
+
+    def times(self, values: Tensor, v: Tensor, transpose: bool = False) -> Tensor:
+        """``M v`` or ``M^T v``, batch dimensions broadcast."""
+        source, target = (self.rows, self.cols) if transpose else (self.cols, self.rows)
+        terms = values * v[..., source]
+        return terms.new_zeros((*terms.shape[:-1], self.shape[transpose])).index_add(-1, target, terms)
+
+
+def is_sparse(M: object) -> bool:
+    """Whether an argument is a matrix in one of the two sparse forms, or in one that :func:`take_apart` refuses."""
+    return isinstance(M, SparseMatrix) or (isinstance(M, Tensor) and M.layout != torch.strided)
+
+
+def check_layout(name: str, M: Tensor) -> None:
+    """Refuses sparse layouts other than CSR."""
+    if M.layout != torch.sparse_csr:
+        raise ValueError(
+            f"{name}: expected a SparseMatrix or a tensor of layout torch.sparse_csr, as to_sparse_csr() makes it, "
+            f"got layout {M.layout}"
+        )
+
+
+def take_apart(name: str, M: Matrix) -> tuple[Pattern, Tensor]:
+    """Pattern and values of a sparse or dense matrix, checked."""
+    if isinstance(M, SparseMatrix):
+        crow, cols, values, shape = M
+        if not (isinstance(shape, tuple) and len(shape) == 2):
+            raise ValueError(f"{name}.shape: expected two numbers, got {shape}")
+        return _pattern(name, crow, cols, check_tensor(f"{name}.values", values, min_ndim=1), shape), values
+    if is_sparse(M):
+        check_layout(name, M)
+        if M.ndim != 2:
+            raise ValueError(f"{name}: expected a sparse matrix that the batch shares, got shape {tuple(M.shape)}")
+        values = _Values.apply(check_tensor(name, M))
+        return _pattern(name, M.crow_indices(), M.col_indices(), values, (M.shape[0], M.shape[1])), values
+    r, n = check_tensor(name, M, min_ndim=2).shape[-2:]
+    index, crow = torch.arange(r * n, device=M.device), torch.arange(r + 1, device=M.device) * n
+    crow, rows, cols = (plain(name, t) for t in (crow, index // max(n, 1), index % max(n, 1)))
+    return Pattern(crow, rows, cols, (r, n)), M.flatten(-2)
+
+
+def _pattern(name: str, crow: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Pattern:
+    """Refuses indices that are no pattern: solvers would read beyond their arrays."""
+    crow, cols = (plain(name, plain(name, t).to(torch.int64)) for t in (crow, cols))
+    r, n = shape
+    if crow.shape != (r + 1,) or cols.ndim != 1 or values.shape[-1] != len(cols):
+        raise ValueError(
+            f"{name}: expected {r + 1} row offsets and as many columns as values, got {tuple(crow.shape)}, "
+            f"{tuple(cols.shape)} and {tuple(values.shape)}"
+        )
+    length = crow.diff()
+    if bool((length < 0).any()) or int(crow[0]) != 0 or int(crow[-1]) != len(cols):
+        raise ValueError(f"{name}: expected row offsets that rise from 0 to {len(cols)}")
+    rows = plain(name, torch.repeat_interleave(torch.arange(r, device=crow.device), length))
+    key = rows * n + cols
+    if bool(((cols < 0) | (cols >= n)).any()) or bool((key.diff() <= 0).any()):
+        raise ValueError(f"{name}: expected columns in 0..{n - 1} that rise within each row")
+    return Pattern(crow, rows, cols, (r, n))
+
+
+class _Values(torch.autograd.Function):
+    """The values of a CSR tensor; the gradient is a CSR tensor of the same pattern.
+
+    torch's own can be differentiated once, and loses the second derivative without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, M: Tensor) -> Tensor:
+        ctx.save_for_backward(M.crow_indices(), M.col_indices())
+        ctx.size = M.shape
+        return M.values().clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return _FromValues.apply(*ctx.saved_tensors, g, ctx.size)
+
+
+class _FromValues(torch.autograd.Function):
+    """A CSR tensor of values."""
+
+    @staticmethod
+    def forward(ctx: Any, crow: Tensor, cols: Tensor, values: Tensor, size: torch.Size) -> Tensor:
+        like = {"dtype": values.dtype, "device": values.device}
+        return torch.sparse_csr_tensor(crow, cols, values, size, check_invariants=False, **like)  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor, None]:
+        return None, None, _Values.apply(g), None
