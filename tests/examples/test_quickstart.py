@@ -30,7 +30,7 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     page = quickstart.main(["--tiny", "--out", str(tmp_path)])
     html = page.read_text(encoding="utf-8")
     assert page == tmp_path / "index.html"
-    assert html.count("<h2>") == 2 and html.count("data:image/png;base64,") == 7
+    assert html.count("<h2>") == 3 and html.count("data:image/png;base64,") == 11
     assert 'name="viewport"' in html and "A tiny run" in html
     links = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert all(link.startswith(("data:", "#")) for link in links)
@@ -45,6 +45,9 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     assert len(set(numbers["parameters"].values())) == 1
     numbers = json.loads((tmp_path / "proximal" / "proximal.json").read_text())
     assert numbers["change"] < 1e-3 and numbers["sparse code"]["consulted"] < 30
+    numbers = json.loads((tmp_path / "conic" / "conic.json").read_text())
+    assert numbers["program"]["covered"] == 1 and numbers["statuses"][1] == "INFEASIBLE" and numbers["same"]
+    assert numbers["certified"] >= numbers["program"]["dearer"] >= -1e-3
 
 
 def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
@@ -52,10 +55,10 @@ def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
 
     quickstart.main(["--list", "--out", str(tmp_path)])
     listed = capsys.readouterr().out
-    assert "implicit" in listed and "proximal" in listed and not list(tmp_path.iterdir())
+    assert all(name in listed for name in ("implicit", "proximal", "conic")) and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         quickstart.main(["--chapter", "nothing", "--out", str(tmp_path)])
-    assert "there are: implicit, proximal" in capsys.readouterr().err
+    assert "there are: implicit, proximal, conic" in capsys.readouterr().err
 
 
 def test_page_escapes_what_it_shows(tmp_path):
@@ -66,6 +69,22 @@ def test_page_escapes_what_it_shows(tmp_path):
     html = render({"one": (Chapter("one", "A & B", 1, lambda settings: blocks), blocks)}, "<f>")
     for shown in ("a &lt; b", "&lt;i&gt;", "x &amp; y", "&lt;h&gt;", "1 &gt; 0", "&lt;c&gt;", "A &amp; B", "&lt;f&gt;"):
         assert shown in html
+
+
+def test_shoppers_buy_the_cheapest_basket():
+    """Against HiGHS: what the training data say is right, up to the little square that makes baskets unique."""
+    import torch
+    from chapters.conic import shops
+    from scipy.optimize import linprog
+
+    generator = torch.Generator().manual_seed(0)
+    made = shops(torch.rand(40, 64, generator=generator), torch.arange(40) % 10, 12, seed=0)
+    assert made.prices.shape == made.basket.shape == (12, 8) and len({*made.images[0].sum(-1).tolist()}) == 8
+    for i in range(12):
+        c, A, b = (t[i].numpy() for t in (made.prices, made.contents, made.needs))
+        best = linprog(c, -A, -b, bounds=(0, 1), method="highs")
+        bought = made.basket[i].numpy()
+        assert best.fun - 1e-8 <= c @ bought <= best.fun + 0.04 and (A @ bought >= b - 1e-9).all()
 
 
 def test_process_peak_is_measured():
