@@ -47,7 +47,7 @@ if os.environ.get("DIFFLAYERS_DOCS_ONLINE"):
 
 nitpick_ignore_regex = [
     # Without the network their inventories are out of reach; names of our own must resolve.
-    (r"py:.*", r"(abc|collections|contextlib|enum|optree|os|torch|typing)\..*"),
+    (r"py:.*", r"(abc|collections|contextlib|cvxpy|enum|optree|os|torch|typing)\..*"),
     # Private types in the signatures of methods that only authors of solvers override.
     (r"py:.*", r"difflayers\.(\w+\.)*_\w+\.\w+"),
     # Type variables and short aliases in signatures, which have no page of their own.
