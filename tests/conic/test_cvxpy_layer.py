@@ -1,6 +1,6 @@
 """CVXPY problems as layers, against CVXPY itself.
 
-Oracles, written before the code: the same problem solved by CVXPY with Clarabel at 1e-12, variables and dual variables;
+Oracles, written before the code: the same problem solved by CVXPY with Clarabel at 1e-10, variables and dual variables;
 closed forms and their derivatives by autograd; finite differences of the layer, whose values the first oracle knows.
 """
 
@@ -20,7 +20,7 @@ from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 from difflayers import SolveError
 from difflayers.conic import Clarabel, CvxpyLayer, Moreau
 
-TIGHT = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
+TIGHT = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-10)
 F64 = torch.float64
 
 

@@ -108,6 +108,7 @@ CASES: tuple[LayerCase, ...] = (
         (2,),
         source=SOURCE,
         names=("jacobian",),
+        representative=True,
         tolerant=lambda J: UPGrad(on_failure="nan")(J),
         hostile=(
             Hostile("two equal rows", (repeated,)),
@@ -130,6 +131,7 @@ CASES: tuple[LayerCase, ...] = (
         (1, 2),
         source=SOURCE,
         names=("u", "gramian"),
+        representative=True,
         tolerant=_options(dual_cone_weights, on_failure="nan"),
         solution=dual_cone_weights_ex,
         starved=_options(dual_cone_weights, solver=STARVED),
