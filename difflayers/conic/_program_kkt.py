@@ -71,9 +71,9 @@ def factorise(P: Tensor, C: Tensor, active: Tensor, known: Definite | None = Non
     return P, C, L, W, _cholesky_of_gram(W.mT @ W, active), active, weight, ~good
 
 
-def solve(P: Tensor, C: Tensor, factors: Sequence[Tensor], r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Info]:
+def solve(factors: Sequence[Tensor], r1: Tensor, r2: Tensor) -> tuple[Tensor, Tensor, Info]:
     """``(u, v)`` with ``P u + C^T v = r1`` and ``C u = r2`` on active rows, ``v = 0`` on the others."""
-    u, v, _, info = solve_rows((P, C, *factors[2:]), r1, r2)
+    u, v, _, info = solve_rows(factors, r1, r2)
     return u, v, info
 
 

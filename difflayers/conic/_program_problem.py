@@ -20,7 +20,6 @@ from . import _program_kkt as kkt
 from ._conic_data import sizes
 from ._moreau import Moreau
 
-_all_rows = kkt.all_rows
 NAMES = ("P", "q", "G", "h", "A", "b")
 NDIMS = (2, 1, 2, 1, 2, 1)
 CORRECTIONS = 6
@@ -250,14 +249,6 @@ def _row_miss(slack: Tensor, holds: Tensor) -> Tensor:
 def _largest_miss(dual: Tensor, slack: Tensor, holds: Tensor) -> Tensor:
     """The largest violation of an optimality condition."""
     return kkt.amax(torch.cat([dual, _row_miss(slack, holds)], -1))
-
-
-def _violation(point: tuple[Tensor, ...], data: tuple[Tensor, ...]) -> Tensor:
-    """The same of a point ``(x, y, z)``."""
-    x, y, z = point
-    P, q, G, h, A, b = data
-    dual, slack = times(P, x) + q + times(A.mT, y) + times(G.mT, z), h - times(G, x)
-    return torch.maximum(_largest_miss(dual, slack, z > 0), kkt.amax(times(A, x) - b))
 
 
 def _refuse_indefinite(P: Tensor, known: kkt.Definite | None = None) -> None:

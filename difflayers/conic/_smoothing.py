@@ -55,7 +55,7 @@ def relaxed_problem(parts: tuple[bool, bool], kappa: float) -> ImplicitProblem:
         linear_solve=functools.partial(_linear_solve, parts=parts),
         value_ndim=1,
         arg_ndims=(*(k for k, there in zip(NDIMS, present, strict=True) if there), 1),
-        factor_ndims=(2, *kkt.FACTOR_NDIMS),
+        factor_ndims=kkt.FACTOR_NDIMS,
         symmetric=False,
         name=f"quadratic_program[smoothing={kappa:g}]",
         arg_names=(*(name for name, there in zip(NAMES, present, strict=True) if there), "start"),
@@ -123,7 +123,7 @@ def _solve(*args: Tensor, parts: tuple[bool, bool], kappa: float) -> tuple[Tenso
         steps = steps + running
         H = P + G.mT @ ((z / s).unsqueeze(-1) * G)
         t = -r_d - times(G.mT, (z * r_i - r_c) / s)
-        dx, dy, _ = kkt.solve(H, A, kkt.factorise(H, A, ones), t, -r_e)
+        dx, dy, _ = kkt.solve(kkt.factorise(H, A, ones), t, -r_e)
         ds = -r_i - times(G, dx)
         dz = (-r_c - z * ds) / s
         alpha = (TO_BOUNDARY * torch.minimum(_to_zero(s, ds), _to_zero(z, dz))).clamp_max(1)
@@ -131,9 +131,9 @@ def _solve(*args: Tensor, parts: tuple[bool, bool], kappa: float) -> tuple[Tenso
         x, y, s, z = (u + torch.where(alpha > 0, alpha * du, 0) for u, du in ((x, dx), (y, dy), (s, ds), (z, dz)))
     z = torch.where(bounded, z, 0)
     H = P + G.mT @ ((z / _slack(x, G, h)).unsqueeze(-1) * G)
-    factors = (H, *kkt.factorise(H, A, ones))
+    factors = kkt.factorise(H, A, ones)
     back = lambda t, k: t.reshape((*batch, *t.shape[t.ndim - k :])) if t.ndim > k else t  # noqa: E731
-    found = tuple(back(f, k) for f, k in zip(factors, (2, *kkt.FACTOR_NDIMS), strict=True))
+    found = tuple(back(f, k) for f, k in zip(factors, kkt.FACTOR_NDIMS, strict=True))
     info = Info(*(t.reshape(batch) for t in (status, steps, violation)))
     return back(torch.cat([x, y, z], -1), 1), info, found
 
@@ -159,14 +159,13 @@ def _linear_solve(
     bounded = torch.isfinite(h)
     x, z = value[..., :n], torch.where(bounded, value[..., n + p :], 0)
     s = _slack(x, G, h)
-    H, *rest = factors
     r1, r2, r3 = rhs.split((n, p, rhs.shape[-1] - n - p), -1)
     live = torch.where(bounded, r3, 0)
     if transpose:
-        u, v, info = kkt.solve(H, A, tuple(rest), r1 + times(G.mT, z / s * live), r2)
+        u, v, info = kkt.solve(factors, r1 + times(G.mT, z / s * live), r2)
         last = torch.where(bounded, (r3 - times(G, u)) / s, r3 - times(G, u))
     else:
         held = torch.where(bounded, 0, r3)  # z = r3 where there is no bound
-        u, v, info = kkt.solve(H, A, tuple(rest), r1 - times(G.mT, live / s + held), r2)
+        u, v, info = kkt.solve(factors, r1 - times(G.mT, live / s + held), r2)
         last = torch.where(bounded, (r3 + z * times(G, u)) / s, r3)
     return torch.cat([u, v, last], -1), info

@@ -21,11 +21,10 @@ from . import _program_kkt as kkt
 from ._program_problem import (
     NDIMS,
     ProgramSolver,
-    _all_rows,
     _flat,
+    _largest_miss,
     _refuse_indefinite,
     _unpack,
-    _violation,
     program_problem,
 )
 
@@ -98,13 +97,13 @@ def _try(data: tuple[Tensor, ...], active: Tensor) -> tuple[Tensor, Tensor, Tens
     if not known.every:
         _refuse_indefinite(P)  # of which such a point may be a saddle
     active = active & torch.isfinite(h)
-    C = _all_rows(A, G)
+    C = kkt.all_rows(A, G)
     rows = torch.cat([torch.ones_like(b), active.to(q.dtype)], -1)
     factors = kkt.factorise(P, C, rows, known)
     bounds = torch.cat([b, torch.where(active, h, 0)], -1)
-    x, v, info = kkt.solve(P, C, factors, -q, bounds)
+    x, v, info = kkt.solve(factors, -q, bounds)
     # once more for the rest: what is accepted must be exact
-    dx, dv, _ = kkt.solve(P, C, factors, -q - times(P, x) - times(C.mT, v), bounds - rows * times(C, x))
+    dx, dv, _ = kkt.solve(factors, -q - times(P, x) - times(C.mT, v), bounds - rows * times(C, x))
     x, v = x + dx, v + dv
     y, z = v.split((b.shape[-1], h.shape[-1]), -1)
     positive = ((z > 0) == active).all(-1)
@@ -116,3 +115,11 @@ def _try(data: tuple[Tensor, ...], active: Tensor) -> tuple[Tensor, Tensor, Tens
     exact = violation <= 64 * torch.finfo(q.dtype).eps * size
     right = (info.status == Status.CONVERGED) & positive & exact
     return torch.cat([x, y, z], -1), right, violation, factors
+
+
+def _violation(point: tuple[Tensor, ...], data: tuple[Tensor, ...]) -> Tensor:
+    """The largest violation of an optimality condition at a point ``(x, y, z)``."""
+    x, y, z = point
+    P, q, G, h, A, b = data
+    dual, slack = times(P, x) + q + times(A.mT, y) + times(G.mT, z), h - times(G, x)
+    return torch.maximum(_largest_miss(dual, slack, z > 0), kkt.amax(times(A, x) - b))
