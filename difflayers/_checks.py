@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,14 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise ValueError(f"{name}: expected finite numbers, got {bad} NaN or Inf of {t.numel()}")
 
 
+def check_not_nan(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """The same for NaN alone, where infinite numbers have a meaning."""
+    for name, t in tensors:
+        if t.is_floating_point() and not t.is_meta and bool(torch.isnan(t).any()):
+            bad = int(torch.isnan(t).sum())
+            raise ValueError(f"{name}: expected finite numbers, got {bad} NaN of {t.numel()}")
+
+
 def broadcast_batch(named: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[int, ...]:
     """The common batch shape of several arguments, or a ``ValueError`` naming the one that does not fit."""
     batch: tuple[int, ...] = ()
@@ -72,3 +81,14 @@ def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
     if rtol is not None:
         return rtol
     return 1e-10 if dtype == torch.float64 else 1e-5
+
+
+def check_options(solver: Any, **least: int) -> None:
+    """Refuses a tolerance `rtol` below 0 and numbers of steps below the `least` ones, in the options of a solver."""
+    rtol = solver.rtol
+    if rtol is not None and not (isinstance(rtol, int | float) and rtol >= 0):
+        raise ValueError(f"rtol: expected None or a number of at least 0, got {rtol!r}")
+    for name, number in least.items():
+        got = getattr(solver, name)
+        if not isinstance(got, int) or got < number:
+            raise ValueError(f"{name}: expected an integer of at least {number}, got {got!r}")

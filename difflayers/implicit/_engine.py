@@ -120,7 +120,8 @@ class SolutionMap(torch.autograd.Function):
 
         def diagnose() -> None:
             names = problem.arg_names or tuple(f"args[{i}]" for i in range(len(args)))
-            check_finite([*zip(names, args, strict=True), *([] if init is None else [("init", init)])])
+            named = [*zip(names, args, strict=True), *([] if init is None else [("init", init)])]
+            (problem.diagnose or check_finite)(named)
 
         value = settle(
             value,

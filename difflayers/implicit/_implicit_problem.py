@@ -51,6 +51,8 @@ class ImplicitProblem:
             residual by an approximation of it. None: the exact Jacobian.
         name: The layer, in messages and traces.
         arg_names: Names of the arguments in messages.
+        diagnose: ``(named arguments) -> None``, called where an element failed: may raise a ``ValueError`` for data
+            that explain it. None: NaN and Inf do.
     """
 
     solve: Callable[..., tuple[Tensor, Info, Params]]
@@ -65,6 +67,7 @@ class ImplicitProblem:
     jacobian_product: Callable[..., Tensor] | None = None
     name: str = "solution_map"
     arg_names: tuple[str, ...] = ()
+    diagnose: Callable[[Sequence[tuple[str, Tensor]]], None] | None = None
 
     def lift(self, in_dims: tuple[int | None, ...]) -> ImplicitProblem:
         """The problem under one more ``vmap``, for ``arg_ndims=None`` (see ``_problem.py``)."""

@@ -82,11 +82,19 @@ def prepare(
     soft_a, soft_b = 1 / rho_a, 1 / rho_b
     if m > n:
         cost, a, b, soft_a, soft_b = cost.mT, b, a, soft_b, soft_a
-    lowest = cost.detach().amin((-2, -1)) if cost.numel() else cost.new_zeros(cost.shape[:-2])
+    lowest = _lowest(cost.detach(), a, b) if cost.numel() else cost.new_zeros(cost.shape[:-2])
     shift = torch.where(((soft_a > 0) & (soft_b > 0)) | ~torch.isfinite(lowest), 0, lowest)
     idle = penalty_of_zero(a, soft_a) + penalty_of_zero(b, soft_b)
     args, empty = balanced((cost - shift[..., None, None], a, b, eps, soft_a, soft_b), close)
     return Prepared(args, m > n, shift, empty, idle)
+
+
+def _lowest(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The smallest cost, between a row and a column with mass if the masses do not differ where the costs do not."""
+    counts = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2)
+    if torch.broadcast_shapes(counts.shape, cost.shape) == cost.shape:
+        cost = torch.where(counts, cost, torch.inf)
+    return cost.amin((-2, -1))
 
 
 def _number(name: str, value: Any, cost: Tensor) -> Tensor:

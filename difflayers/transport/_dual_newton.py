@@ -46,7 +46,7 @@ def dual_newton(
             break
         if not bool(go_on.all()):
             index, problem, now = index[go_on], problem.pick(go_on), now.pick(go_on)
-        now, stuck = _step(problem, now)
+        now, stuck = line_search(problem, now, *direction(problem, now))
         steps[index] += 1
         f[index], g[index] = now.f, now.g
         error[index] = now.error
@@ -76,9 +76,8 @@ def staged_newton(problem: Problem, tol: Tensor, *, max_steps: int) -> tuple[Ten
     return f, g, error, steps
 
 
-def _step(problem: Problem, now: _Point) -> tuple[_Point, Tensor]:
-    """The next point, and the elements that found none that is better."""
-    df, dg = _direction(problem, now)
+def line_search(problem: Problem, now: _Point, df: Tensor, dg: Tensor) -> tuple[_Point, Tensor]:
+    """The next point in a direction of ascent, and the elements that found none that is better."""
     slope = ((now.want_rows - now.rows) * df).sum(-1) + ((now.want_columns - now.columns) * dg).sum(-1)
     noise = 64 * torch.finfo(df.dtype).eps * now.dual.abs()
     slope = torch.where(slope > noise, slope, torch.inf)
@@ -126,7 +125,8 @@ class _Point:
         return _Point(*(torch.where(mask.reshape(-1, *(1,) * (t.ndim - 1)), o, t) for t, o in pairs))
 
 
-def _direction(problem: Problem, now: _Point) -> tuple[Tensor, Tensor]:
+def direction(problem: Problem, now: _Point) -> tuple[Tensor, Tensor]:
+    """Newton's, with all of the plan."""
     eps = problem.eps.unsqueeze(-1)
     d1 = now.rows + eps * problem.soft_a.unsqueeze(-1) * now.want_rows
     d2 = now.columns + eps * problem.soft_b.unsqueeze(-1) * now.want_columns

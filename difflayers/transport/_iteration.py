@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from difflayers._solution import Status
+
 HANDOVER = 1e-2  # relative error of the sums from which Newton's method may take over; at which a stage of eps ends
+_FAR = 1e5  # from one range of costs to another
+_SAMPLE = 32  # rows and columns that tell the range of the costs
 STAGE_STEPS = 100  # at most, for each value of eps on the way
 
 
@@ -55,8 +60,14 @@ def start(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def kernel(problem: Problem, f: Tensor, g: Tensor, eps: Tensor) -> Tensor:
     """``exp((f + g - cost) / eps)``, finite also between a row and a column without mass, where it means nothing."""
-    moved = (f.unsqueeze(-1) + g.unsqueeze(-2) - problem.cost).div_(eps[:, None, None])
-    return moved.clamp_(max=largest_log(moved.dtype)).exp_()
+    return exp_((f.unsqueeze(-1) + g.unsqueeze(-2) - problem.cost).div_(eps[:, None, None]))
+
+
+def exp_(logs: Tensor) -> Tensor:
+    """In place, in the range of the numbers; with zeros for the smallest, which are slow to compute with."""
+    most = largest_log(logs.dtype)
+    logs.clamp_(min=-most, max=most).exp_()
+    return torch.threshold_(logs, math.exp(1 - most), 0)
 
 
 def largest_log(dtype: torch.dtype) -> float:
@@ -72,7 +83,7 @@ def plan_of(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
 
 def wanted(mass: Tensor, potential: Tensor, soft: Tensor) -> Tensor:
     """The sums that a plan must have: the mass itself, or another one where deviations are only penalised."""
-    return mass * (-potential * soft.unsqueeze(-1)).exp()
+    return mass * torch.where(mass > 0, -potential * soft.unsqueeze(-1), 0).exp()  # 0 * inf is no mass either
 
 
 def sums_error(problem: Problem, f: Tensor, g: Tensor, plan: Tensor) -> Tensor:
@@ -86,22 +97,40 @@ def gain(mass: Tensor, potential: Tensor, soft: Tensor) -> Tensor:
     """What a potential adds to the dual: its mean; with a penalty rho, that of ``rho (1 - exp(-potential / rho))``."""
     soft = soft.unsqueeze(-1)
     some = torch.where(soft > 0, soft, 1)
-    return (mass * torch.where(soft > 0, -torch.expm1(-potential * some) / some, potential)).sum(-1)
+    grown = torch.expm1((-potential * some).clamp(max=largest_log(potential.dtype)))  # beyond it there is no mass
+    return (mass * torch.where(soft > 0, -grown / some, potential)).sum(-1)
 
 
 def best_shift(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
-    """``(B,)`` the best constant to move from g to f, where both marginals are penalised; elsewhere 0."""
+    """``(B,)`` the best constant to move from g to f, where a marginal is penalised; elsewhere 0."""
     _, a, b, _, soft_a, soft_b = problem
-    both = (soft_a > 0) & (soft_b > 0)
+    some = (soft_a > 0) | (soft_b > 0)
     ratio = wanted(a, f, soft_a).sum(-1).log() - wanted(b, g, soft_b).sum(-1).log()
-    return torch.where(both, ratio / torch.where(both, soft_a + soft_b, 1), 0)
+    return torch.where(some, ratio / torch.where(some, soft_a + soft_b, 1), 0)
+
+
+def evened(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The same plan with equal means of the potentials, where a constant is free: a large one would cost digits."""
+    _, a, b, _, soft_a, soft_b = problem
+    mean_f, mean_g = ((torch.where(m > 0, t, 0) * m).sum(-1) / m.sum(-1) for t, m in ((f, a), (g, b)))
+    move = torch.where((soft_a == 0) & (soft_b == 0), (mean_f - mean_g) / 2, 0).unsqueeze(-1)
+    return f - move, g + move
 
 
 def spread(problem: Problem) -> Tensor:
-    """``(B,)`` the range of the costs that are not forbidden."""
-    cost = problem.cost
-    top = torch.where(torch.isposinf(cost), -torch.inf, cost).amax((-2, -1))
-    return top - cost.amin((-2, -1))
+    """``(B,)`` the range of the costs that may matter, from a sample.
+
+    Those without mass do not, and neither do those that stand for forbidden entries, far above the lowest eighth.
+    """
+    n, m = problem.cost.shape[-2:]
+    rows, columns = slice(None, None, -(-n // _SAMPLE)), slice(None, None, -(-m // _SAMPLE))
+    cost, a, b = problem.cost[:, rows, columns], problem.a[:, rows], problem.b[:, columns]
+    counts = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2) & torch.isfinite(cost)
+    sample = torch.where(counts, cost, torch.inf).flatten(-2).sort(-1).values
+    number, least = counts.sum(-1).sum(-1, keepdim=True), (sample <= sample[:, :1]).sum(-1, keepdim=True)
+    last = (number - 1).clamp(min=0)
+    eighth, all_of_it = (sample.gather(-1, torch.minimum(k, last)) - sample[:, :1] for k in (least + last // 8, last))
+    return torch.minimum(_FAR * eighth, all_of_it).squeeze(-1).nan_to_num(0, 0, 0)
 
 
 def first_eps(problem: Problem, scaling: bool) -> Tensor:
@@ -112,12 +141,46 @@ def first_eps(problem: Problem, scaling: bool) -> Tensor:
     return torch.where(problem.eps < 5e-3 * wide, wide, problem.eps)
 
 
-def rounding(problem: Problem) -> Tensor:
-    """``(B,)`` the relative error of the sums that rounding of the potentials leaves."""
-    return torch.finfo(problem.cost.dtype).eps * (4 + spread(problem) / problem.eps / 2)
+def rounding(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """``(B,)`` the relative error of the sums that rounding of the potentials leaves, and never more than it may be.
+
+    Large costs alone do no harm: the plan is zero there.
+    """
+    size = torch.where(problem.a > 0, f.abs(), 0).amax(-1) + torch.where(problem.b > 0, g.abs(), 0).amax(-1)
+    unit = torch.finfo(f.dtype).eps
+    return (unit * (4 + size / problem.eps)).clamp(max=unit**0.4)
+
+
+def judged(problem: Problem, f: Tensor, g: Tensor, error: Tensor, tol: Tensor) -> Tensor:
+    """``(B,)`` statuses of potentials whose sums have a relative error of `error`, where `tol` was wanted."""
+    good = error <= tol + rounding(problem, f, g)
+    status = torch.where(good, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    status = torch.where(torch.isfinite(error), status, int(Status.DIVERGED))
+    rest = (status == Status.MAX_STEPS).nonzero().squeeze(-1)
+    if rest.numel():
+        none = without_plan(problem.pick(rest), f[rest], g[rest])
+        status[rest] = torch.where(none, int(Status.INFEASIBLE), status[rest])
+    return status
+
+
+def without_plan(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
+    """``(B,)`` elements whose forbidden entries leave no plan, by a dual value above that of every possible plan."""
+    cost, a, b, eps, soft_a, soft_b = problem
+    zero, inf = torch.zeros_like(eps), torch.inf
+    mass, P = a.sum(-1), plan_of(problem, f, g)
+    dual = gain(a, f, zero) + gain(b, g, zero) - eps * P.sum((-2, -1))
+    top = torch.where(torch.isposinf(cost), -inf, cost).amax((-2, -1))
+    # an entry of a plan is at most the smaller mass: P / (a b) is at most one over the larger one
+    least = torch.maximum(*(torch.where(t > 0, t, inf).amin(-1) for t in (a, b)))
+    most = mass * (top + eps * (-least.log()).clamp(min=0)) - eps * mass
+    size = mass * (f.abs().amax(-1) + g.abs().amax(-1) + top.abs() + eps)
+    unbounded = torch.isfinite(dual) & (dual > most + 1e-3 * size.clamp(max=torch.finfo(f.dtype).max))
+    return unbounded & torch.isposinf(cost).any(-1).any(-1) & (soft_a == 0) & (soft_b == 0)
 
 
 def too_slow(error: Tensor, before: Tensor, tol: Tensor, patience: float) -> Tensor:
     """``(B,)`` elements near the solution that need more than `patience` looks more, at the rate since the last one."""
     rate = (error / before).log()
+    if math.isinf(patience):
+        return torch.zeros_like(error, dtype=torch.bool)
     return (error <= HANDOVER) & ~((tol / error).log() >= patience * rate) & torch.isfinite(before)

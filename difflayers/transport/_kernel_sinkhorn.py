@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._iteration import HANDOVER, STAGE_STEPS, Problem, best_shift, first_eps, kernel, times, too_slow, wanted
+from ._iteration import HANDOVER, STAGE_STEPS, Problem, best_shift, evened, first_eps, kernel, times, too_slow, wanted
 
 _LARGE = math.log(1e4)  # of the logarithm of a scaling: then it is absorbed
 
@@ -123,7 +123,7 @@ class _Work:
         return self.f + eps * self.u.log(), self.g + eps * self.v.log()
 
     def translate(self) -> None:
-        """The best constant to move from one potential to the other, where both marginals are penalised."""
+        """The best constant to move from one potential to the other, where a marginal is penalised."""
         factor = (best_shift(self.problem, *self.potentials()) / self.eps).exp().unsqueeze(-1)
         self.u, self.v = self.u * factor, self.v / factor
 
@@ -137,7 +137,7 @@ class _Work:
 
     def absorb(self, rows: Tensor, stage_over: Tensor) -> None:
         """Puts scalings into the potentials; a stage that is over halves eps."""
-        f, g = self.potentials()
+        f, g = evened(self.problem, *self.potentials())
         mask = rows.unsqueeze(-1)
         self.f, self.g = torch.where(mask, f, self.f), torch.where(mask, g, self.g)
         self.u, self.v = torch.where(mask, 1, self.u), torch.where(mask, 1, self.v)

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._iteration import HANDOVER, STAGE_STEPS, Problem, best_shift, first_eps, too_slow, wanted
+from ._iteration import HANDOVER, STAGE_STEPS, Problem, best_shift, evened, first_eps, too_slow, wanted
 
 _DEARER = 10  # than a step on the kernel, about
 
@@ -43,6 +43,7 @@ def log_sinkhorn(
             g = soft_minimum(problem, f, eps, rows=False)
             move = best_shift(problem, f, g).unsqueeze(-1)
             f, g = f + move, g - move
+        f, g = evened(problem, f, g)
         taken, stage_steps = taken + check_every, stage_steps + check_every
         err, last = _error(problem, f, g, eps), eps <= problem.eps
         slow = last & too_slow(err, before, tol[index], patience / check_every / _DEARER)

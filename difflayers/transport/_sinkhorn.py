@@ -15,6 +15,8 @@ Differentiation, 2022.
 
 from __future__ import annotations
 
+from typing import Any, overload
+
 from torch import Tensor
 
 from difflayers._solution import OnFailure, Solution
@@ -22,12 +24,14 @@ from difflayers.implicit import solution_map, solution_map_ex
 from difflayers.linalg import LinearSolver
 
 from ._coupling import Coupling, centred, plan_unless_failed, prepare
-from ._sinkhorn_solve import problem_for
+from ._point_cloud import PointCloud, PointCoupling
+from ._point_sinkhorn import point_coupling, point_plan
+from ._sinkhorn_solve import Earlier, problem_for
 from ._solvers import TransportSolver
 
 
 def sinkhorn(
-    cost: Tensor,
+    cost: Tensor | PointCloud,
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
@@ -36,7 +40,7 @@ def sinkhorn(
     rho_b: float | Tensor | None = None,
     solver: TransportSolver | None = None,
     adjoint: LinearSolver | None = None,
-    warm_start: Coupling | Solution[Coupling] | None = None,
+    warm_start: Earlier = None,
     on_failure: OnFailure = "raise",
 ) -> Tensor:
     """The entropic transport plan.
@@ -45,14 +49,16 @@ def sinkhorn(
     ``rho_a KL(P 1 | a)``, ``rho_b KL(P^T 1 | b)`` where they are given.
 
     Args:
-        cost: ``(*batch, n, m)``, of any sign; ``inf`` forbids an entry.
+        cost: ``(*batch, n, m)``, of any sign; ``inf`` forbids an entry. Or a :class:`PointCloud`, whose costs are not
+            stored, for plans of up to 2^24 entries.
         a: ``(*batch, n)`` masses of the rows, at least 0; None: ``1 / n`` each.
         b: ``(*batch, m)`` masses of the columns, at least 0; None: ``1 / m`` each. Without penalties its total is that
             of `a`, to 5e-6 (float32: 1e-4).
         eps: Strength of the entropy, above 0, in the unit of the cost: a number or ``(*batch)``.
         rho_a: Strength of the penalty on the row sums, above 0, in the unit of the cost; None: they are constraints.
         rho_b: The same for the column sums.
-        solver: :class:`KernelSinkhorn` (None) or :class:`LogSinkhorn`.
+        solver: :class:`KernelSinkhorn`, :class:`LogSinkhorn` or :class:`SparseNewton`. None: the first up to a shorter
+            side of 1024, the last above.
         adjoint: How the linear system of the derivative is solved: ``Cholesky()`` of the Schur complement of the
             shorter side, or ``CG()`` on it, without forming it. None: the first up to a side of 512; the second above,
             and the first where that does not end, up to 1024.
@@ -65,7 +71,8 @@ def sinkhorn(
     Raises:
         ValueError: For shapes that do not fit, NaN, a row or column without an entry that is allowed, a negative mass,
             totals that differ, `eps` or a penalty that is not positive, naming the argument.
-        SolveError: For elements without a solution in the range of the numbers.
+        SolveError: For elements whose forbidden entries leave no plan, or without a solution in the range of the
+            numbers.
 
     Differentiable in `cost`, `a`, `b`, `eps`, `rho_a` and `rho_b`, to any order, forward and reverse, at a cost and a
     memory that do not depend on the number of iterations. At a mass of zero the derivative is one-sided; an element
@@ -88,11 +95,15 @@ def sinkhorn(
     Source: M. Eisenberger et al., A Unified Framework for Implicit Sinkhorn Differentiation, 2022, theorem 3.
     Departure: the Schur complement of the shorter side with its null vector deflated, instead of LU of the whole.
     """
+    if isinstance(cost, PointCloud):
+        options: dict[str, Any] = {"solver": solver, "adjoint": adjoint, "warm_start": warm_start}
+        return point_plan(cost, a, b, eps, rho_a, rho_b, on_failure=on_failure, **options)
     data = prepare(cost, a, b, eps, rho_a, rho_b)
     z = solution_map(*problem_for(data, solver, adjoint, warm_start), on_failure=on_failure)
     return plan_unless_failed(z, data, on_failure).to(cost.dtype)
 
 
+@overload
 def sinkhorn_ex(
     cost: Tensor,
     a: Tensor | None = None,
@@ -103,8 +114,37 @@ def sinkhorn_ex(
     rho_b: float | Tensor | None = None,
     solver: TransportSolver | None = None,
     adjoint: LinearSolver | None = None,
-    warm_start: Coupling | Solution[Coupling] | None = None,
-) -> Solution[Coupling]:
+    warm_start: Earlier = None,
+) -> Solution[Coupling]: ...
+
+
+@overload
+def sinkhorn_ex(
+    cost: PointCloud,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    eps: float | Tensor,
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
+    solver: TransportSolver | None = None,
+    adjoint: LinearSolver | None = None,
+    warm_start: Earlier = None,
+) -> Solution[PointCoupling]: ...
+
+
+def sinkhorn_ex(
+    cost: Tensor | PointCloud,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    eps: float | Tensor,
+    rho_a: float | Tensor | None = None,
+    rho_b: float | Tensor | None = None,
+    solver: TransportSolver | None = None,
+    adjoint: LinearSolver | None = None,
+    warm_start: Earlier = None,
+) -> Solution[Coupling] | Solution[PointCoupling]:
     """As :func:`sinkhorn`, with potentials, as an unchecked :class:`~difflayers.Solution`.
 
     Args:
@@ -119,9 +159,12 @@ def sinkhorn_ex(
         warm_start: Earlier result.
 
     Returns:
-        A :class:`Coupling`, all of it differentiable, with the status and steps of every element and the L1 error of
-        the plan's sums, relative to its mass.
+        A :class:`Coupling`, or a :class:`PointCoupling` of a :class:`PointCloud`, all of it differentiable, with the
+        status and steps of every element and the L1 error of the plan's sums, relative to its mass.
     """
+    if isinstance(cost, PointCloud):
+        options: dict[str, Any] = {"solver": solver, "adjoint": adjoint, "warm_start": warm_start}
+        return point_coupling(cost, a, b, eps, rho_a, rho_b, **options)
     data = prepare(cost, a, b, eps, rho_a, rho_b)
     found = solution_map_ex(*problem_for(data, solver, adjoint, warm_start))
     parts = plan_unless_failed(found.value, data, "ignore"), *centred(found.value, data)

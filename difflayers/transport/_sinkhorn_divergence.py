@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difflayers._checks import compute_dtype
+from difflayers._checks import check_shape, compute_dtype
 from difflayers._solution import OnFailure
 
 from ._costs import Cost, SquaredEuclidean, check_points
 from ._coupling import prepare
+from ._point_cloud import PLAN_LIMIT, PointCloud
+from ._point_problem import prepare_points
+from ._point_sinkhorn import point_value
 from ._sinkhorn_value import value_of
 from ._solvers import TransportSolver
 
@@ -35,13 +38,14 @@ def sinkhorn_divergence(
     rho: float | Tensor | None = None,
     cost: Cost = SquaredEuclidean(),
     solver: TransportSolver | None = None,
+    matrix_free: bool | None = None,
     on_failure: OnFailure = "raise",
 ) -> Tensor:
     """The debiased value of entropic transport between two weighted clouds of points.
 
-    Solves ``OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2`` with OT the value of :func:`sinkhorn_value`, plus
-    ``eps / 2 (sum a - sum b)^2``. For :class:`SquaredEuclidean` and :class:`Euclidean` it is at least 0, convex in
-    each measure, and 0 for equal ones.
+    Solves ``OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2`` with OT the value of :func:`sinkhorn_value`, plus, with
+    penalties, ``eps / 2 (sum a - sum b)^2``. For :class:`SquaredEuclidean` and :class:`Euclidean` it is at least 0,
+    convex in each measure, and 0 for equal ones.
 
     Args:
         x: ``(*batch, n, d)`` points.
@@ -53,6 +57,8 @@ def sinkhorn_divergence(
         cost: :class:`SquaredEuclidean`, :class:`Euclidean`, :class:`Cosine`, or any function of the points whose
             result is ``(*batch, n, m)``.
         solver: As for :func:`sinkhorn`.
+        matrix_free: Recomputes the costs by blocks instead of storing them, see :class:`PointCloud`; None: where one of
+            the three matrices, with its batch, would have more than 2^24 entries.
         on_failure: As for :func:`sinkhorn`.
 
     Returns:
@@ -63,7 +69,9 @@ def sinkhorn_divergence(
         SolveError: As :func:`sinkhorn`.
 
     Differentiable in `x`, `y`, `a`, `b`, `eps` and `rho`, to any order; at equal measures the gradient is zero, to
-    rounding.
+    rounding. That in the masses needs an `eps` at which all points exchange mass: without penalties the potentials of
+    parts that exchange less than the tolerance are known up to a constant each (below 1e-2 of the range of the costs,
+    for a few points far apart).
 
     Conventions: the entropy is that relative to the product of the masses, and it is part of the value. The
     ``SamplesLoss("sinkhorn", p=2, blur=s, reach=r)`` of geomloss takes ``|x - y|^2 / 2``, ``eps = s^2`` and
@@ -87,7 +95,14 @@ def sinkhorn_divergence(
     points, others = x, y
     x, y, a, b, eps, rho = (_lifted(t) for t in (points, others, a, b, eps, rho))
 
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    if matrix_free is None:
+        matrix_free = batch.numel() * max(x.shape[-2], y.shape[-2]) ** 2 > PLAN_LIMIT
+
     def value(p: Tensor, q: Tensor, s: Tensor | None, t: Tensor | None) -> Tensor:
+        if matrix_free:
+            cloud = PointCloud(p, q, cost)
+            return point_value(prepare_points(cloud, s, t, eps, rho, rho, points.dtype), solver, None, on_failure)
         data = prepare(_costs(cost, p, q), s, t, eps, rho, rho, dtype=points.dtype)
         return value_of(data, solver, None, on_failure)
 
@@ -107,7 +122,10 @@ def _costs(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
     total = (x.sum((-2, -1)) + y.sum((-2, -1))) * 0
     bad = torch.isnan(total)
     x, y = (torch.where(_of(bad, t.shape[:-2])[..., None, None], 0, t) for t in (x, y))
-    return torch.where(bad[..., None, None], total[..., None, None], cost(x, y))
+    costs = cost(x, y)
+    expected = (*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-2])
+    check_shape("cost", tuple(costs.shape), expected, " for every pair of points")
+    return torch.where(bad[..., None, None], total[..., None, None], costs)
 
 
 def _of(bad: Tensor, batch: torch.Size) -> Tensor:

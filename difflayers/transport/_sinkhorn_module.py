@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from difflayers._solution import OnFailure, check_policy
 from difflayers.linalg import LinearSolver
 
+from ._point_cloud import PointCloud
 from ._sinkhorn import sinkhorn
 from ._solvers import TransportSolver
 
@@ -63,11 +64,11 @@ class Sinkhorn(nn.Module):
                     continue
             setattr(self, name, value)
 
-    def forward(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+    def forward(self, cost: Tensor | PointCloud, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
         """The plan.
 
         Args:
-            cost: ``(*batch, n, m)``.
+            cost: ``(*batch, n, m)``, or a :class:`PointCloud`.
             a: ``(*batch, n)`` or None.
             b: ``(*batch, m)`` or None.
 
@@ -87,7 +88,7 @@ class Sinkhorn(nn.Module):
             on_failure=self.on_failure,
         )
 
-    def _strength(self, name: str, like: Tensor) -> Any:
+    def _strength(self, name: str, like: Tensor | PointCloud) -> Any:
         log = getattr(self, f"log_{name}", None)
         return getattr(self, name) if log is None else log.to(like.dtype).exp()
 

@@ -15,18 +15,20 @@ Framework for Implicit Sinkhorn Differentiation, 2022 (the plan's derivative).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from difflayers._checks import check_finite, check_not_nan
 from difflayers._solution import Info, Status
 from difflayers.implicit import ImplicitProblem
 from difflayers.linalg import CG
 
 from . import _schur as schur
-from ._iteration import largest_log, times
+from ._iteration import exp_, largest_log, times
 
 ARGS = ("cost", "a", "b", "eps", "rho_a", "rho_b")
 NDIMS = (2, 1, 1, 0, 0, 0)
@@ -55,13 +57,14 @@ def optimality(
 ) -> Tensor:
     """The two equations above, in units of the cost.
 
-    At a solution ``log_ratio`` is bounded, so that the sums need no further care.
+    At a solution the sums below are 1: those of a penalised side, which may be too small for a number, are compared
+    with what they must be before the exponential.
     """
     n = cost.shape[-2]
     f, g = z[..., :n], z[..., n:]
-    ratio, e = log_ratio(z, cost, a, b, eps).exp(), eps.unsqueeze(-1)
-    rows = e * (times(ratio, b).log() + f * soft_a.unsqueeze(-1))
-    columns = e * (times(ratio.mT, a).log() + g * soft_b.unsqueeze(-1))
+    logs, e = log_ratio(z, cost, a, b, eps), eps.unsqueeze(-1)
+    rows = e * times((logs + (f * soft_a.unsqueeze(-1)).unsqueeze(-1)).exp(), b).log()
+    columns = e * times((logs + (g * soft_b.unsqueeze(-1)).unsqueeze(-2)).exp().mT, a).log()
     batch = torch.broadcast_shapes(rows.shape[:-1], columns.shape[:-1])
     return torch.cat([rows.expand(*batch, n), columns.expand(*batch, g.shape[-1])], -1)
 
@@ -96,15 +99,37 @@ def sinkhorn_problem(
         factor_ndims=() if iterated else (2, 0),
         name=name,
         arg_names=names,
+        diagnose=_diagnose,
     )
 
 
-class _Point(NamedTuple):
-    """What the derivatives are made of: ``Q = ratio b / rows``, ``Q' = (a ratio / columns)^T``."""
+def _diagnose(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Infinite costs forbid entries, but not all of a row or a column; zero is the inverse of an infinite penalty."""
+    check_not_nan(named)
+    cost = dict(named)["cost"]
+    for what, closed in (("row", torch.isposinf(cost).all(-1)), ("column", torch.isposinf(cost).all(-2))):
+        if bool(closed.any()):
+            first = closed.nonzero()[0].tolist()
+            where = f"{what} {first[-1]}" + (f" of element {tuple(first[:-1])}" if first[:-1] else "")
+            raise ValueError(f"cost: expected an entry below inf in every row and column, got none in {where}")
+    check_finite([(name, t) for name, t in named if name != "cost"])
+    if bool(torch.isneginf(cost).any()):
+        raise ValueError("cost: expected finite numbers, got an infinite one that allows an entry at any price")
 
-    ratio: Tensor
+
+class _Point(NamedTuple):
+    """What the derivatives are made of: ``Q = by_row b / rows``, ``Q' = (a by_column / columns)^T``.
+
+    Both are the ratio of the plan to ``a b``, with its sums, but for sums that are too small for a number: a row that
+    hardly takes part, since a penalty allows it to, is known up to a factor, of which Q is free.
+    """
+
+    by_row: Tensor
     rows: Tensor
+    lost_rows: Tensor
+    by_column: Tensor
     columns: Tensor
+    lost_columns: Tensor
     a: Tensor
     b: Tensor
     ka: Tensor
@@ -113,25 +138,42 @@ class _Point(NamedTuple):
 
     @staticmethod
     def at(z: Tensor, args: Sequence[Tensor]) -> _Point:
-        """On plain tensors, in place: exp(-inf) is 0, which is all that is needed here."""
+        """On plain tensors, in place."""
         cost, a, b, eps, soft_a, soft_b = args[:6]
         n = cost.shape[-2]
         ratio = z[..., :n].unsqueeze(-1) + z[..., n:].unsqueeze(-2) - cost
         if ratio.ndim < eps.ndim + 2 or ratio.shape[:-2] != torch.broadcast_shapes(ratio.shape[:-2], eps.shape):
             ratio = ratio.expand(*torch.broadcast_shapes(ratio.shape[:-2], eps.shape), *ratio.shape[-2:]).clone()
-        ratio = ratio.div_(eps[..., None, None]).clamp_(max=largest_log(cost.dtype)).exp_()
+        ratio = exp_(ratio.div_(eps[..., None, None]))
+        rows, columns = times(ratio, b), times(ratio.mT, a)
+        tiny = math.exp(-largest_log(rows.dtype)) / torch.finfo(rows.dtype).eps
+        lost_rows, lost_columns = rows < tiny, columns < tiny
+        by_row = by_column = ratio
+        if bool(lost_rows.any()) or bool(lost_columns.any()):
+            logs = (z[..., :n].unsqueeze(-1) + z[..., n:].unsqueeze(-2) - cost) / eps[..., None, None]
+            by_row = _regained(logs, ratio, b.unsqueeze(-2), lost_rows.unsqueeze(-1), -1)
+            by_column = _regained(logs, ratio, a.unsqueeze(-1), lost_columns.unsqueeze(-2), -2)
+            rows, columns = times(by_row, b), times(by_column.mT, a)
         ka, kb = 1 + (eps * soft_a).unsqueeze(-1), 1 + (eps * soft_b).unsqueeze(-1)
-        return _Point(ratio, times(ratio, b), times(ratio.mT, a), a, b, ka, kb, (soft_a == 0) & (soft_b == 0))
+        hard = (soft_a == 0) & (soft_b == 0)
+        return _Point(by_row, rows, lost_rows, by_column, columns, lost_columns, a, b, ka, kb, hard)
 
     @property
     def scaled(self) -> Tensor:
         """``sqrt(Q Q'^T / (k_a k_b))``."""
-        left = (self.a / (self.rows * self.ka)).sqrt().unsqueeze(-1)
-        return self.ratio * left * (self.b / (self.columns * self.kb)).sqrt().unsqueeze(-2)
+        left = torch.where(self.lost_rows, 0, self.a / (self.rows * self.ka)).sqrt().unsqueeze(-1)
+        right = torch.where(self.lost_columns, 0, self.b / (self.columns * self.kb)).sqrt().unsqueeze(-2)
+        return self.by_row * left * right
 
     @property
     def null_vector(self) -> Tensor:
         return torch.where(self.hard.unsqueeze(-1), schur.null_vector(self.b * self.columns), 0)
+
+
+def _regained(logs: Tensor, ratio: Tensor, mass: Tensor, lost: Tensor, dim: int) -> Tensor:
+    """Lost rows (or columns) from their logarithms, up to a factor."""
+    top = torch.where(mass > 0, logs, -torch.inf).amax(dim, keepdim=True)
+    return torch.where(lost, (logs - top).clamp(max=largest_log(logs.dtype)).exp(), ratio)
 
 
 def factors_at(z: Tensor, args: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -149,9 +191,9 @@ def solve_linear(
     no plan, none is left in a solution.
     """
     at = _Point.at(z, args)
-    n, (ratio, rows, columns, a, b, ka, kb, _) = args[0].shape[-2], at
+    n, (by_row, rows, _, by_column, columns, lost, a, b, ka, kb, _) = args[0].shape[-2], at
     p, q = rhs[..., :n], rhs[..., n:]
-    c = b * columns
+    c = torch.where(lost, 0, b * columns)
     root, inverse, empty = c.sqrt(), schur.inverse_sqrt(c), c == 0
     info: Info | None = None
 
@@ -170,13 +212,13 @@ def solve_linear(
 
     if transpose:
         y_empty = torch.where(empty, q / kb, 0)
-        p = (p - a * times(ratio, y_empty / columns)) / ka
-        y = root * shorter(inverse * (q - b * times(ratio.mT, p / rows))) + y_empty
-        x = p - a * times(ratio, (y - y_empty) / columns) / ka
+        p = (p - a * times(by_column, y_empty / columns)) / ka
+        y = root * shorter(inverse * (q - b * times(by_row.mT, p / rows))) + y_empty
+        x = p - a * times(by_column, (y - y_empty) / columns) / ka
     else:
-        y = inverse * shorter(root * (q - times(ratio.mT, a * p / ka) / columns))
-        x = (p - times(ratio, b * y) / rows) / ka
-        y = torch.where(empty, (q - times(ratio.mT, a * x) / columns) / kb, y)
+        y = inverse * shorter(root * (q - times(by_column.mT, a * p / ka) / columns))
+        x = (p - times(by_row, b * y) / rows) / ka
+        y = torch.where(empty, (q - times(by_column.mT, a * x) / columns) / kb, y)
     solution = torch.cat([x, y], -1)
     bad = ~torch.isfinite(solution).all(-1)
     if info is None:
@@ -196,17 +238,21 @@ def cotangents(z: Tensor, args: tuple[Tensor, ...], w: Tensor, wanted: Sequence[
     def of_eps() -> Tensor:
         logs = (p * (at.rows.log() + f * soft_a.unsqueeze(-1))).sum(-1)
         logs = logs + (q * (at.columns.log() + g * soft_b.unsqueeze(-1))).sum(-1)
-        moved = torch.special.xlogy(at.ratio, at.ratio)
-        return logs - (u * times(moved, at.b) + at.a * times(moved, v)).sum(-1)
+        moved = torch.special.xlogy(at.by_row, at.by_row)
+        logs = logs - (u * times(moved, at.b)).sum(-1)
+        moved = moved if at.by_column is at.by_row else torch.special.xlogy(at.by_column, at.by_column)
+        return logs - (at.a * times(moved, v)).sum(-1)
 
     def of_cost() -> Tensor:
-        parts = torch.addcmul(u.unsqueeze(-1) * at.b.unsqueeze(-2), at.a.unsqueeze(-1), v.unsqueeze(-2))
-        return -at.ratio * parts
+        right, left = at.b.unsqueeze(-2), at.a.unsqueeze(-1)
+        if at.by_column is at.by_row:
+            return -at.by_row * torch.addcmul(u.unsqueeze(-1) * right, left, v.unsqueeze(-2))
+        return -at.by_row * u.unsqueeze(-1) * right - at.by_column * left * v.unsqueeze(-2)
 
     rules = (
         of_cost,
-        lambda: e * times(at.ratio, v),
-        lambda: e * times(at.ratio.mT, u),
+        lambda: e * times(at.by_column, v),
+        lambda: e * times(at.by_row.mT, u),
         of_eps,
         lambda: (p * f).sum(-1) * eps,
         lambda: (q * g).sum(-1) * eps,

@@ -16,27 +16,37 @@ from difflayers.linalg._autodiff import transforms_active
 from ._coupling import Coupling, Prepared, unequal, warm_potentials
 from ._iteration import Problem, start
 from ._log_sinkhorn import soft_minimum
-from ._schur import EAGER_LIMIT
+from ._point_cloud import PointCoupling
+from ._schur import DENSE_LIMIT, EAGER_LIMIT
 from ._sinkhorn_problem import ARGS, NDIMS, PATIENT, factors_at, sinkhorn_problem
 from ._solvers import KernelSinkhorn, TransportSolver
+from ._sparse_newton import SparseNewton
 
 Adjoint = LinearSolver | None
-Earlier = Coupling | Solution[Coupling] | None
+Earlier = Coupling | PointCoupling | Solution[Coupling] | Solution[PointCoupling] | None
 
 
 def problem_for(
     data: Prepared, solver: TransportSolver | None, adjoint: Adjoint, warm_start: Earlier = None
 ) -> tuple[ImplicitProblem, tuple[Tensor, ...]]:
     """The problem and its arguments; an earlier solution is one more, on which the new one does not depend."""
-    solver = KernelSinkhorn() if solver is None else solver
+    solver = default_solver(data.args[0].shape[-1]) if solver is None else solver
     if not hasattr(solver, "solve"):
-        raise ValueError(f"solver: expected KernelSinkhorn(), LogSinkhorn() or their like, got {solver!r}")
+        raise ValueError(f"solver: expected KernelSinkhorn(), SparseNewton() or their like, got {solver!r}")
     if not (adjoint is None or isinstance(adjoint, CG | Cholesky)):
         raise ValueError(f"adjoint: expected Cholesky(), CG() or None, got {adjoint!r}")
     eager = isinstance(adjoint, Cholesky) or (adjoint is None and data.args[0].shape[-1] <= EAGER_LIMIT)
     iterated = None if eager and _differentiated(data.args) else adjoint if isinstance(adjoint, CG) else PATIENT
     problem = _problem(solver, iterated, data.wide, warm_start is not None)
     return problem, (data.args if warm_start is None else (*data.args, _earlier(warm_start, data)))
+
+
+def default_solver(side: int) -> TransportSolver:
+    """For a shorter side: where nothing is factorised any more, sparse products are quicker than dense ones at any eps.
+
+    Below, that depends on eps and on the costs, which are not looked at.
+    """
+    return KernelSinkhorn() if side <= DENSE_LIMIT else SparseNewton()
 
 
 def _differentiated(args: tuple[Tensor, ...]) -> bool:

@@ -22,13 +22,16 @@ from difflayers.linalg import LinearSolver
 
 from ._coupling import Prepared, harmless, nan_of, prepare
 from ._iteration import gain
+from ._point_cloud import PointCloud
+from ._point_problem import prepare_points
+from ._point_sinkhorn import point_value
 from ._sinkhorn_problem import log_ratio
 from ._sinkhorn_solve import problem_for
 from ._solvers import TransportSolver
 
 
 def sinkhorn_value(
-    cost: Tensor,
+    cost: Tensor | PointCloud,
     a: Tensor | None = None,
     b: Tensor | None = None,
     *,
@@ -51,7 +54,7 @@ def sinkhorn_value(
     a cost, and ``eps = blur^p``.
 
     Args:
-        cost: ``(*batch, n, m)``.
+        cost: ``(*batch, n, m)``, or a :class:`PointCloud`, whose costs are not stored.
         a: ``(*batch, n)`` masses of the rows; None: ``1 / n`` each.
         b: ``(*batch, m)`` masses of the columns; None: ``1 / m`` each.
         eps: Strength of the entropy.
@@ -81,6 +84,9 @@ def sinkhorn_value(
 
     Source: J. Feydy et al., Interpolating between Optimal Transport and MMD using Sinkhorn Divergences, 2019, eq. 2.
     """
+    if isinstance(cost, PointCloud):
+        points = prepare_points(cost, a, b, eps, rho_a, rho_b)
+        return point_value(points, solver, adjoint, on_failure).to(cost.x.dtype)
     data = prepare(cost, a, b, eps, rho_a, rho_b)
     return value_of(data, solver, adjoint, on_failure).to(cost.dtype)
 

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from difflayers._checks import default_rtol
-from difflayers._solution import Info, Status
+from difflayers._checks import check_options, default_rtol
+from difflayers._solution import Info
 
 from ._dual_newton import dual_newton, staged_newton
-from ._iteration import Problem, plan_of, rounding, start, sums_error
+from ._iteration import Problem, judged, plan_of, rounding, start, sums_error
 from ._kernel_sinkhorn import kernel_sinkhorn
 from ._log_sinkhorn import log_sinkhorn, soft_minimum
 from ._schur import DENSE_LIMIT
@@ -41,7 +41,7 @@ class _Sinkhorn:
     Args:
         rtol: L1 error of the sums of the plan, relative to its mass. None: 1e-10 in float64, 1e-5 in float32. Below
             what rounding of the potentials allows, that is what is asked for.
-        max_steps: Iterations.
+        max_steps: Iterations; those of Newton's method, and of a second attempt, are counted beside them.
         check_every: Iterations between looks at the error.
         scaling: Whether an eps far below the range of the cost is reached in stages.
         newton_steps: Steps of Newton's method, from an error of 1e-2 on where it is quicker. Where they fail, Newton's
@@ -56,22 +56,18 @@ class _Sinkhorn:
     newton_steps: int = 100
 
     def __post_init__(self) -> None:
-        if self.rtol is not None and not self.rtol >= 0:
-            raise ValueError(f"rtol: expected None or a number of at least 0, got {self.rtol}")
-        for name, least in (("max_steps", 1), ("check_every", 1), ("newton_steps", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected a number of at least {least}, got {getattr(self, name)}")
+        check_options(self, max_steps=1, check_every=1, newton_steps=0)
 
     def _solve(self, problem: Problem, init: Start | None, iterate: Iteration) -> tuple[Tensor, Tensor, Info]:
         """The iteration and Newton's method; where that fails, Newton's method in stages; then the iteration alone."""
-        noise = rounding(problem)
-        tol = noise.clamp(min=default_rtol(self.rtol, problem.cost.dtype))
-        state = _State(problem, start(problem) if init is None else init)
+        begin = start(problem)
+        tol = rounding(problem, *begin).clamp(min=default_rtol(self.rtol, problem.cost.dtype))
+        state = _State(problem, begin if init is None else init)
         staged = self.scaling and (init is None or self.newton_steps > 0)
         all_steps, few = self.max_steps, min(self.max_steps, _EASY)
         if self.newton_steps and init is not None:
             state.improve(lambda p, f, g, i: dual_newton(p, f, g, tol[i], max_steps=min(self.newton_steps, _WARM)))
-            state.narrow(tol, start(problem))
+            state.narrow(tol, begin)
         if self.newton_steps:
             # what four steps of Newton's method take, in steps on the kernel
             wait = 100 + problem.b.shape[-1]
@@ -85,8 +81,7 @@ class _Sinkhorn:
         if (not self.newton_steps or all_steps > few) and state.index.numel():
             staged = staged and not self.newton_steps
             state.improve(lambda p, f, g, i: self._iterate(iterate, p, f, g, tol[i], all_steps, staged))
-        status = torch.where(state.error <= tol + noise, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        status = torch.where(torch.isfinite(state.error), status, int(Status.DIVERGED))
+        status = judged(problem, state.f, state.g, state.error, tol)
         return state.f, state.g, Info(status, state.steps, state.error)
 
     def _iterate(
@@ -139,8 +134,9 @@ class _State:
 
     def narrow(self, tol: Tensor, again: Start | None = None) -> None:
         """Leaves out what is solved, and what is not a number; the rest starts anew where `again` says so."""
+        tol = torch.maximum(tol, rounding(self.problem, self.f, self.g))[self.index]
         error = self.error[self.index]
-        rest = error > tol[self.index] if again is None else ~(error <= tol[self.index])
+        rest = error > tol if again is None else ~(error <= tol)
         self.index = self.index[rest & (torch.isfinite(error) | (again is not None))]
         if again is not None:
             self.f[self.index], self.g[self.index] = again[0][self.index], again[1][self.index]

@@ -30,7 +30,7 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     page = quickstart.main(["--tiny", "--out", str(tmp_path)])
     html = page.read_text(encoding="utf-8")
     assert page == tmp_path / "index.html"
-    assert html.count("<h2>") == 3 and html.count("data:image/png;base64,") == 11
+    assert html.count("<h2>") == 4 and html.count("data:image/png;base64,") == 17
     assert 'name="viewport"' in html and "A tiny run" in html
     links = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert all(link.startswith(("data:", "#")) for link in links)
@@ -48,6 +48,10 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     numbers = json.loads((tmp_path / "conic" / "conic.json").read_text())
     assert numbers["program"]["covered"] == 1 and numbers["statuses"][1] == "INFEASIBLE" and numbers["same"]
     assert numbers["certified"] >= numbers["program"]["dearer"] >= -1e-3
+    numbers = json.loads((tmp_path / "transport" / "transport.json").read_text())
+    assert numbers["Sinkhorn"]["crowd"] < 1.001 < numbers["softmax"]["crowd"] and numbers["same"]
+    kept = numbers["gradients"]["layer_kept"]
+    assert kept[0] == kept[1] < numbers["gradients"]["kept"][0] and "DIVERGED" in numbers["statuses"]
 
 
 def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
@@ -55,10 +59,12 @@ def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
 
     quickstart.main(["--list", "--out", str(tmp_path)])
     listed = capsys.readouterr().out
-    assert all(name in listed for name in ("implicit", "proximal", "conic")) and not list(tmp_path.iterdir())
+    assert all(name in listed for name in ("implicit", "proximal", "conic", "transport")) and not list(
+        tmp_path.iterdir()
+    )
     with pytest.raises(SystemExit):
         quickstart.main(["--chapter", "nothing", "--out", str(tmp_path)])
-    assert "there are: implicit, proximal, conic" in capsys.readouterr().err
+    assert "there are: implicit, proximal, conic, transport" in capsys.readouterr().err
 
 
 def test_page_escapes_what_it_shows(tmp_path):
@@ -85,6 +91,17 @@ def test_shoppers_buy_the_cheapest_basket():
         best = linprog(c, -A, -b, bounds=(0, 1), method="highs")
         bought = made.basket[i].numpy()
         assert best.fun - 1e-8 <= c @ bought <= best.fun + 0.04 and (A @ bought >= b - 1e-9).all()
+
+
+def test_plans_of_both_ways_agree_where_they_have_converged():
+    import torch
+    from chapters._plan_gradients import compare, converged, layer, unrolled
+
+    cost = torch.rand(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for plan in (unrolled(cost, 0.2, 500), converged(cost, 0.2, 500)):
+        torch.testing.assert_close(plan, layer(cost, 0.2), rtol=0, atol=1e-9)
+    found = compare(lambda p: p.square().sum((-2, -1)), cost, 0.2, tiny=True)
+    assert found.error < 1e-6 < 1e-3 < found.errors[0]
 
 
 def test_process_peak_is_measured():

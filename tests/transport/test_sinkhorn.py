@@ -9,6 +9,7 @@ import numpy as np
 import ot
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from difflayers.linalg import CG, Cholesky
@@ -241,3 +242,14 @@ def test_kernel_falls_back_to_the_logarithm():
     found = sinkhorn_ex(cost, a, b, eps=0.05, solver=solver, warm_start=expected._replace(f=spoilt))
     assert bool(found.converged.all())
     torch.testing.assert_close(found.value.plan, expected.plan, rtol=0, atol=1e-9)
+
+
+def test_the_iteration_alone_goes_on_where_its_error_rises():
+    """Nothing takes over: neither solver may end before its steps do, or its tolerance is met."""
+    images = torch.tensor(load_digits().images.reshape(-1, 64)[:2])
+    a, b = images / images.amax(-1, keepdim=True) + 1e-3
+    grid = torch.cartesian_prod(*(torch.arange(8, dtype=torch.float64) / 7,) * 2)
+    for solver in (KernelSinkhorn, LogSinkhorn):
+        alone = solver(rtol=1e-12, newton_steps=0, scaling=False, max_steps=6000)
+        found = sinkhorn_ex(torch.cdist(grid, grid, p=1) / 2, a / a.sum(), b / b.sum(), eps=1 / 1200, solver=alone)
+        assert int(found.steps) == 6000 or bool(found.converged)
