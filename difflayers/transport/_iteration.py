@@ -12,7 +12,7 @@ from difflayers._solution import Status
 
 HANDOVER = 1e-2  # relative error of the sums from which Newton's method may take over; at which a stage of eps ends
 _FAR = 1e5  # from one range of costs to another
-_SAMPLE = 32  # rows and columns that tell the range of the costs
+_SAMPLE = 16  # rows and columns that tell the range of the costs
 STAGE_STEPS = 100  # at most, for each value of eps on the way
 
 
@@ -118,19 +118,21 @@ def evened(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def spread(problem: Problem) -> Tensor:
-    """``(B,)`` the range of the costs that may matter, from a sample.
+    """``(B,)`` the range of the costs that may matter.
 
-    Those without mass do not, and neither do those that stand for forbidden entries, far above the lowest eighth.
+    Those without mass do not, and neither do those that stand for forbidden entries, far above the lowest of a sample.
     """
-    n, m = problem.cost.shape[-2:]
-    rows, columns = slice(None, None, -(-n // _SAMPLE)), slice(None, None, -(-m // _SAMPLE))
-    cost, a, b = problem.cost[:, rows, columns], problem.a[:, rows], problem.b[:, columns]
-    counts = (a > 0).unsqueeze(-1) & (b > 0).unsqueeze(-2) & torch.isfinite(cost)
-    sample = torch.where(counts, cost, torch.inf).flatten(-2).sort(-1).values
-    number, least = counts.sum(-1).sum(-1, keepdim=True), (sample <= sample[:, :1]).sum(-1, keepdim=True)
-    last = (number - 1).clamp(min=0)
-    eighth, all_of_it = (sample.gather(-1, torch.minimum(k, last)) - sample[:, :1] for k in (least + last // 8, last))
-    return torch.minimum(_FAR * eighth, all_of_it).squeeze(-1).nan_to_num(0, 0, 0)
+    cost, inf = problem.cost, torch.inf
+    counts = (problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2) & torch.isfinite(cost)
+    least, most = (torch.where(counts, cost, bad) for bad in (inf, -inf))
+    wide = most.amax((-2, -1)) - least.amin((-2, -1))
+    n, m = cost.shape[-2:]
+    sample = least[:, :: -(-n // _SAMPLE), :: -(-m // _SAMPLE)].flatten(-2).sort(-1).values
+    number = torch.isfinite(sample).sum(-1, keepdim=True)
+    same = (sample <= sample[:, :1]).sum(-1, keepdim=True)
+    eighth = sample.gather(-1, torch.minimum(same + number // 8, (number - 1).clamp(min=0))) - sample[:, :1]
+    wide = torch.where(eighth.squeeze(-1) > 0, torch.minimum(_FAR * eighth.squeeze(-1), wide), wide)
+    return wide.nan_to_num(0, 0, 0)
 
 
 def first_eps(problem: Problem, scaling: bool) -> Tensor:
