@@ -88,12 +88,13 @@ class Case:
     """Contenders for one problem, ours first, and the result they should reach.
 
     A contender whose error exceeds `target` did another job: it cannot win. `memory=False` spares the processes that
-    measure memory, where another case of the same kind tells the same.
+    measure memory, where another case of the same kind tells the same. A function for `reference` is asked only where
+    something is compared with it: not by those processes.
     """
 
     name: str
     contenders: Sequence[Contender]
-    reference: Result
+    reference: Result | Callable[[], Result]
     memory: bool = True
     target: float = math.inf
 
@@ -227,8 +228,9 @@ def synchronise(device: str) -> None:
 def measure(case: Case, options: Options) -> list[Row]:
     """Times all contenders of a case in interleaved rounds."""
     rows, repeats = [], []
+    expected = case.reference() if callable(case.reference) else case.reference
     for position, contender in enumerate(case.contenders):
-        reference = case.reference if contender.reference is None else contender.reference
+        reference = expected if contender.reference is None else contender.reference
         error = relative_error(contender.fn(), reference)
         row = Row(case.name, contender.name, position == 0, error, target=case.target, settings=contender.settings())
         rows.append(row)
