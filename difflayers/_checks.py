@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,3 +93,15 @@ def check_options(solver: Any, **least: int) -> None:
         got = getattr(solver, name)
         if not isinstance(got, int) or got < number:
             raise ValueError(f"{name}: expected an integer of at least {number}, got {got!r}")
+
+
+@contextmanager
+def renamed(**names: str) -> Iterator[None]:
+    """Errors that name arguments of what is called name those of the caller instead."""
+    try:
+        yield
+    except ValueError as error:
+        argument, _, rest = str(error).partition(":")
+        if argument not in names:
+            raise
+        raise ValueError(f"{names[argument]}:{rest}") from None

@@ -79,7 +79,7 @@ class Euclidean:
         difference = x.unsqueeze(-2) - y.unsqueeze(-3)
         size = _size(difference)  # so that squares neither vanish nor overflow
         square = (difference / size.unsqueeze(-1)).square().sum(-1)
-        apart = square > 0
+        apart = square != 0  # NaN is none
         return torch.where(apart, torch.where(apart, square, 1).sqrt(), 0) * size
 
 
@@ -119,7 +119,7 @@ def _direction(x: Tensor) -> Tensor:
     """Unit vectors; zeros of zeros."""
     x = x / _size(x).unsqueeze(-1)
     square = x.square().sum(-1, keepdim=True)
-    some = square > 0
+    some = square != 0
     return torch.where(some, x * torch.where(some, square, 1).rsqrt(), 0)
 
 
@@ -130,3 +130,22 @@ def check_points(x: Tensor, y: Tensor) -> None:
     check_same([("x", x), ("y", y)])
     check_shape("y", y.shape[-1:], x.shape[-1:], " in its last dimension as x has")
     broadcast_batch([("x", tuple(x.shape[:-2])), ("y", tuple(y.shape[:-2]))])
+
+
+def cost_of_pairs(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
+    """The cost of every pair, of the right shape; only NaN for elements that are not finite, see :func:`confined`."""
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    (x, of_x), (y, of_y) = confined(x, 2), confined(y, 2)
+    costs = cost(x, y)
+    check_shape("cost", tuple(costs.shape), (*batch, x.shape[-2], y.shape[-2]), " for every pair of points")
+    return costs + (of_x + of_y)[..., None, None]
+
+
+def confined(t: Tensor, ndim: int) -> tuple[Tensor, Tensor]:
+    """Zeros for elements that hold NaN or Inf, and what is to be added to their results: NaN, and 0 for the others.
+
+    So their cotangent, if it is zero, does not reach what they share with others as 0 * NaN; if it is NaN, it reaches
+    what they have of their own.
+    """
+    bad = ~torch.isfinite(t).flatten(t.ndim - ndim).all(-1)
+    return torch.where(bad[(..., *(None,) * ndim)], 0, t), torch.where(bad, t.flatten(t.ndim - ndim).sum(-1) * 0, 0)

@@ -26,6 +26,7 @@ from difflayers.implicit import ImplicitProblem, solution_map, solution_map_ex
 from difflayers.linalg import CG, Cholesky, LinearSolver
 from difflayers.linalg._autodiff import transforms_active
 
+from . import _schur as schur
 from . import _symmetric_newton as symmetric
 from ._coupling import Coupling, _number
 from ._iteration import largest_log
@@ -97,7 +98,7 @@ def doubly_stochastic(
     Departure: Newton's method with one potential instead of Sinkhorn's iteration with two, whose derivative would be
     that of the steps taken.
     """
-    problem, args = _posed(affinity, gamma, solver, adjoint, warm_start)
+    problem, args, _ = _posed(affinity, gamma, solver, adjoint, warm_start)
     p = solution_map(problem, args, on_failure=on_failure)
     return _plan(p, *args[:2], checked=on_failure == "raise").to(affinity.dtype)
 
@@ -124,9 +125,10 @@ def doubly_stochastic_ex(
         the L1 error of the row sums, relative to n. Where the allowed pairs form a bipartite graph a constant can be
         moved from the potentials of one side to those of the other: there only the plan has a derivative.
     """
-    problem, args = _posed(affinity, gamma, solver, adjoint, warm_start)
+    problem, args, shift = _posed(affinity, gamma, solver, adjoint, warm_start)
     found = solution_map_ex(problem, args)
-    plan, p = _plan(found.value, *args[:2], checked=False).to(affinity.dtype), found.value.to(affinity.dtype)
+    plan = _plan(found.value, *args[:2], checked=False).to(affinity.dtype)
+    p = (found.value - shift.unsqueeze(-1) / 2).to(affinity.dtype)
     return Solution(Coupling(plan, p, p), found.status, found.steps, found.residual)
 
 
@@ -136,8 +138,12 @@ def _posed(
     solver: SymmetricNewton | None,
     adjoint: LinearSolver | None,
     warm_start: Coupling | Solution[Coupling] | None,
-) -> tuple[ImplicitProblem, tuple[Tensor, ...]]:
-    """The problem and its arguments: the symmetric part, with finite numbers for what is forbidden."""
+) -> tuple[ImplicitProblem, tuple[Tensor, ...], Tensor]:
+    """The problem, its arguments, and what was taken from the affinity.
+
+    The arguments are the symmetric part, at most 0, since a large constant would cost digits, with finite numbers for
+    what is forbidden.
+    """
     n, m = check_tensor("affinity", affinity, min_ndim=2).shape[-2:]
     if n != m or n == 0:
         raise ValueError(f"affinity: expected square matrices of at least one row, got shape {tuple(affinity.shape)}")
@@ -152,14 +158,17 @@ def _posed(
     work = compute_dtype(affinity.dtype)
     A, gamma = affinity.to(work), gamma.to(work)
     none = torch.isneginf(A) | torch.isneginf(A).mT
-    A = torch.where(none, symmetric.forbidden(work), A)
-    args: tuple[Tensor, ...] = (A + A.mT) / 2, gamma
+    A = (torch.where(none, 0, A) + torch.where(none, 0, A).mT) / 2
+    least = symmetric.forbidden(work)
+    top = torch.where(none, least, A).detach().amax((-2, -1)) if A.numel() else A.new_zeros(A.shape[:-2])
+    shift = torch.where(torch.isfinite(top) & (top > least), top, 0)
+    args: tuple[Tensor, ...] = torch.where(none, least, A - shift[..., None, None]), gamma
     if warm_start is not None:
-        args = (*args, _earlier(warm_start, A))
+        args = (*args, _earlier(warm_start, A) + shift.unsqueeze(-1) / 2)
     dense = isinstance(adjoint, Cholesky) or (adjoint is None and n <= symmetric.DENSE_LIMIT)
     wanted = transforms_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in args))
     iterated = None if dense and wanted else adjoint if isinstance(adjoint, CG) else _PATIENT
-    return _problem(solver, iterated, len(args)), args
+    return _problem(solver, iterated, len(args)), args, shift
 
 
 def _earlier(warm_start: Coupling | Solution[Coupling], A: Tensor) -> Tensor:
@@ -228,7 +237,7 @@ def _linear_solve(
     scaled, root = _scaled(p, *args[:2])
     right = rhs * root if transpose else rhs / root
     if iterated is None:
-        x = symmetric.solve_factorised(factors[0], right)
+        x = schur.solve_factorised(factors[0], right)
         status = torch.where(factors[1], int(Status.SINGULAR), int(Status.CONVERGED)).expand(x.shape[:-1])
         info = Info(status, torch.zeros_like(status), torch.zeros_like(x[..., 0]))
     else:
@@ -236,7 +245,7 @@ def _linear_solve(
         early = info.status != Status.CONVERGED
         if iterated is _PATIENT and p.shape[-1] <= symmetric.LARGEST and bool(early.any()):
             L, ill = symmetric.factorise(scaled)
-            x = torch.where(early.unsqueeze(-1), symmetric.solve_factorised(L, right), x)
+            x = torch.where(early.unsqueeze(-1), schur.solve_factorised(L, right), x)
             info = info._replace(status=torch.where(early, int(Status.SINGULAR) * ill, info.status))
     x = x / root if transpose else x * root
     bad = ~torch.isfinite(x).all(-1)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from difflayers._checks import check_finite, check_tensor, compute_dtype
 from difflayers.linalg._autodiff import autocast_off
 
+from ._costs import confined
 from ._gsp_coupling import checked, log_sums, shares
 
 
@@ -134,8 +135,9 @@ class GeneralizedSumPool(nn.Module):
         with autocast_off(features):
             if isinstance(self.ratio, float) and self.ratio == 1:
                 return self._shaped(_mean(features.to(columns.dtype)), features)
+            columns, mark = confined(columns, 2)
             share, ratio, _ = self._shares(columns)
-            return self._shaped(_average(columns, share, ratio), features)
+            return self._shaped(_average(columns, share, ratio) + mark.unsqueeze(-1), features)
 
     def detailed(self, features: Tensor) -> SumPooling:
         """The pooled features with the attributes, for :func:`zero_shot_loss`, and the weights of all positions.
@@ -148,14 +150,16 @@ class GeneralizedSumPool(nn.Module):
         """
         columns = self._columns(features)
         with autocast_off(features):
+            columns, mark = confined(columns, 2)
             share, ratio, logs = self._shares(columns)
             whole = isinstance(self.ratio, float) and self.ratio == 1
-            pooled = _mean(features.to(columns.dtype)) if whole else _average(columns, share, ratio)
-            weights = share / (ratio * share.shape[-1])
-            attributes = logs.softmax(-2) @ weights.unsqueeze(-1)
+            weights, mark = share / (ratio * share.shape[-1]), mark.unsqueeze(-1)
+            attributes = (logs.softmax(-2) @ weights.unsqueeze(-1)).squeeze(-1) + mark
+            pooled = _mean(features.to(columns.dtype)) if whole else _average(columns, share, ratio) + mark
+            weights = weights + mark
             spread = weights.unflatten(-1, features.shape[-2:]) if features.ndim == 4 else weights
             dtype = features.dtype
-            return SumPooling(self._shaped(pooled, features), attributes.squeeze(-1).to(dtype), spread.to(dtype))
+            return SumPooling(self._shaped(pooled, features), attributes.to(dtype), spread.to(dtype))
 
     @torch.no_grad()
     def initialise_(self, features: Tensor) -> GeneralizedSumPool:

@@ -32,6 +32,8 @@ from difflayers.implicit import ImplicitProblem, solution_map
 from difflayers.linalg._autodiff import autocast_off
 from difflayers.proximal._operands import Number, as_tensor, check_range, check_that, per_element, shown
 
+from ._costs import confined
+
 MAX_STEPS = 80  # six or so in general; a bisection from the widest bracket to the last digit takes this many
 
 
@@ -96,13 +98,16 @@ def gsp_coupling(cost: Tensor, ratio: Number, gamma: Number, *, residual_cost: T
     broadcast_batch((name, tuple(t.shape[: t.ndim - ndims.get(name, 0)])) for name, t in given)
     dtype, work = cost.dtype, compute_dtype(cost.dtype)
     with autocast_off(cost):
-        logs = cost.to(work) * -as_tensor(gamma, cost).to(work)[..., None, None]
+        safe, mark = confined(cost.to(work), 2)
+        logs = safe * -as_tensor(gamma, cost).to(work)[..., None, None]
         k = log_sums(logs)
         if residual_cost is not None:
-            k = k + residual_cost.to(work) * as_tensor(gamma, cost).to(work).unsqueeze(-1)
+            safe, more = confined(residual_cost.to(work), 1)
+            mark = mark + more
+            k = k + safe * as_tensor(gamma, cost).to(work).unsqueeze(-1)
         share, rest = shares(k, as_tensor(mu, cost).to(work))
         plan = (share / n).unsqueeze(-2) * logs.softmax(-2)
-        return GSPCoupling((rest / n).to(dtype), plan.to(dtype))
+        return GSPCoupling((rest / n + mark.unsqueeze(-1)).to(dtype), (plan + mark[..., None, None]).to(dtype))
 
 
 def check_cost(cost: Tensor) -> None:
@@ -116,6 +121,9 @@ def checked(
     ratio: Number, gamma: Number, given: list[tuple[str, Tensor]]
 ) -> tuple[Number, Number, list[tuple[str, Tensor]]]:
     """Both numbers in their ranges, and `given` with those that are tensors. Reads two flags of each tensor."""
+    for name, number in (("ratio", ratio), ("gamma", gamma)):
+        if number is None:
+            raise ValueError(f"{name}: expected a number or a tensor, got None")
     check_range(per_element("ratio", ratio, above=0))
     check_that(ratio <= 1, lambda: f"ratio: expected at most 1, got {shown(ratio)}")
     check_range(per_element("gamma", gamma, above=0))

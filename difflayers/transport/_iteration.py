@@ -125,9 +125,17 @@ def spread(problem: Problem) -> Tensor:
     cost, inf = problem.cost, torch.inf
     counts = (problem.a > 0).unsqueeze(-1) & (problem.b > 0).unsqueeze(-2) & torch.isfinite(cost)
     least, most = (torch.where(counts, cost, bad) for bad in (inf, -inf))
-    wide = most.amax((-2, -1)) - least.amin((-2, -1))
-    n, m = cost.shape[-2:]
-    sample = least[:, :: -(-n // _SAMPLE), :: -(-m // _SAMPLE)].flatten(-2).sort(-1).values
+    return credible(most.amax((-2, -1)) - least.amin((-2, -1)), least[:, *sampled(*cost.shape[-2:])])
+
+
+def sampled(n: int, m: int) -> tuple[slice, slice]:
+    """Some rows and columns."""
+    return slice(None, None, -(-n // _SAMPLE)), slice(None, None, -(-m // _SAMPLE))
+
+
+def credible(wide: Tensor, sample: Tensor) -> Tensor:
+    """A range, cut to what the costs of a sample tell; those that do not count are inf."""
+    sample = sample.flatten(-2).sort(-1).values
     number = torch.isfinite(sample).sum(-1, keepdim=True)
     same = (sample <= sample[:, :1]).sum(-1, keepdim=True)
     eighth = sample.gather(-1, torch.minimum(same + number // 8, (number - 1).clamp(min=0))) - sample[:, :1]
@@ -153,13 +161,16 @@ def rounding(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
     return (unit * (4 + size / problem.eps)).clamp(max=unit**0.4)
 
 
-def judged(problem: Problem, f: Tensor, g: Tensor, error: Tensor, tol: Tensor) -> Tensor:
-    """``(B,)`` statuses of potentials whose sums have a relative error of `error`, where `tol` was wanted."""
+def judged(problem: Problem, f: Tensor, g: Tensor, error: Tensor, tol: Tensor, *, has_costs: bool = True) -> Tensor:
+    """``(B,)`` statuses of potentials whose sums have a relative error of `error`, where `tol` was wanted.
+
+    Where the error is larger than the mass there is no plan to speak of. Without costs no entry can be told forbidden.
+    """
     good = error <= tol + rounding(problem, f, g)
     status = torch.where(good, int(Status.CONVERGED), int(Status.MAX_STEPS))
-    status = torch.where(torch.isfinite(error), status, int(Status.DIVERGED))
+    status = torch.where(error <= 1, status, int(Status.DIVERGED))  # NaN is not
     rest = (status == Status.MAX_STEPS).nonzero().squeeze(-1)
-    if rest.numel():
+    if has_costs and rest.numel():
         none = without_plan(problem.pick(rest), f[rest], g[rest])
         status[rest] = torch.where(none, int(Status.INFEASIBLE), status[rest])
     return status

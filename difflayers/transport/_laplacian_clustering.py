@@ -40,6 +40,7 @@ from difflayers.implicit import Implicit, ImplicitProblem, solution_map, solutio
 from difflayers.linalg import LinearSolver
 
 from ._costs import SquaredEuclidean
+from ._symmetric_newton import forbidden
 
 Unary = Callable[..., tuple[Tensor, Tensor]]
 
@@ -50,6 +51,7 @@ class BoundOptimizer:
 
     Args:
         rtol: Largest change of an assignment in one whole step. None: 1e-10 in float64, 1e-5 in float32.
+            Below what rounding of the logits allows, that is what is asked for.
         max_steps: Steps.
     """
 
@@ -88,7 +90,7 @@ def laplacian_clustering(
 
     Raises:
         ValueError: For shapes that do not fit and for what is not a number, naming the argument.
-        SolveError: If an element failed.
+        SolveError: If an element failed; ``INFEASIBLE``: no class is allowed for some point.
 
     Differentiable in `unary`, `affinity` and `lam`, to any order, forward and reverse, at the point that was found.
 
@@ -226,9 +228,8 @@ def _posed(
     broadcast_batch([*((name, tuple(t.shape[:-2])) for name, t in named), ("lam", tuple(rest[1].shape))])
     # a cost that is as good as inf, without derivatives 0 * inf
     work = compute_dtype(unary.dtype)
-    costs = unary.to(work)
-    costs = torch.where(torch.isposinf(costs), 1e60 if work == torch.float64 else 1e18, costs)
-    return _problem(_fixed, solver or BoundOptimizer(), adjoint, "laplacian_clustering", 2), (costs, *rest), unary.dtype
+    costs = torch.where(torch.isposinf(unary), -forbidden(work), unary.to(work))
+    return _problem(_fixed, solver, adjoint, "laplacian_clustering", 2), (costs, *rest), unary.dtype
 
 
 def _posed_with_prototypes(
@@ -251,9 +252,8 @@ def _posed_with_prototypes(
     named = (("query", query), ("support", support), ("labels", labels), ("affinity", affinity))
     check_same(named)
     broadcast_batch([*((name, tuple(t.shape[:-2])) for name, t in named), ("lam", tuple(rest[1].shape))])
-    work = compute_dtype(query.dtype)
-    args = (*(t.to(work) for t in (query, support, labels)), *rest)
-    return _problem(_moving, solver or BoundOptimizer(), adjoint, "transductive_clustering", 4), args, query.dtype
+    args = (*(t.to(rest[0].dtype) for t in (query, support, labels)), *rest)
+    return _problem(_moving, solver, adjoint, "transductive_clustering", 4), args, query.dtype
 
 
 def _graph(affinity: Tensor, lam: Any, n: int, points: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -285,8 +285,13 @@ def _moving(Y: Tensor, query: Tensor, support: Tensor, labels: Tensor) -> tuple[
 
 @functools.lru_cache(maxsize=64)
 def _problem(
-    unary: Unary, solver: BoundOptimizer, adjoint: LinearSolver | None, name: str, count: int
+    unary: Unary, solver: BoundOptimizer | None, adjoint: LinearSolver | None, name: str, count: int
 ) -> ImplicitProblem:
+    solver = BoundOptimizer() if solver is None else solver
+    if not isinstance(solver, BoundOptimizer):
+        raise ValueError(f"solver: expected BoundOptimizer() or None, got {solver!r}")
+    if not (adjoint is None or isinstance(adjoint, LinearSolver)):
+        raise ValueError(f"adjoint: expected LU(), GMRES(), another linear solver or None, got {adjoint!r}")
     names = ("unary",) if unary is _fixed else ("query", "support", "labels")
 
     def residual(U: Tensor, *args: Tensor) -> Tensor:
@@ -312,22 +317,26 @@ def _solve(*args: Tensor, unary: Unary, solver: BoundOptimizer) -> tuple[Tensor,
     graph = args[-1].expand(batch).reshape(-1, 1, 1) * W
     if unary is _moving:
         query, support, labels = data
+        if bool((labels < 0).any()):
+            raise ValueError(f"labels: expected weights of at least 0, got {float(labels.min())}")
         U = -SquaredEuclidean()(query, (labels.mT @ support) / labels.sum(-2).unsqueeze(-1))
     else:
         U = -data[0]
+    nowhere = (forbidden(U.dtype) >= U).all(-1).any(-1)
     # Gershgorin's bound of what the graph lacks to be positive semidefinite
     diagonal = graph.diagonal(dim1=-2, dim2=-1)
     lacking = (graph.abs().sum(-1) - diagonal.abs() - diagonal).clamp(min=0)
     shortest = 1 / (1 + (lacking.amax(-1) if lacking.shape[-1] else graph.new_zeros(graph.shape[0])))
     now = _Point.at(unary, data, graph, U, torch.ones_like(shortest))
     index, rtol = torch.arange(len(U), device=U.device), default_rtol(solver.rtol, U.dtype)
-    result, residual, steps = U.clone(), torch.zeros_like(shortest), torch.zeros_like(index)
+    result, steps, residual, tol = U.clone(), *(torch.zeros_like(t) for t in (index, shortest, shortest))
     for step in range(solver.max_steps + 1):
-        active = now.change > rtol
+        goal = now.rounding.clamp(min=rtol)
+        active = now.change > goal
         left = int(active.sum())
         if left == 0 or step == solver.max_steps or 2 * left <= len(active):
             # one step more, as long as the last: nearer to where whole ones end, and where they alternate too
-            result[index], residual[index] = now.ahead(), now.change
+            result[index], residual[index], tol[index] = now.ahead(), now.change, goal
             index, shortest, now = index[active], shortest[active], now.pick(active)
             data, graph = [t[active] for t in data], graph[active]
             active = active[active]
@@ -339,17 +348,18 @@ def _solve(*args: Tensor, unary: Unary, solver: BoundOptimizer) -> tuple[Tensor,
         accept = active & (fallen | (now.size <= shortest))
         now = now.where(accept, trial)
         now.size = torch.where(active & ~accept, torch.maximum(now.size / 2, shortest), now.size)
-    status = torch.where(residual <= rtol, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    status = torch.where(residual <= tol, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(torch.isfinite(residual), status, int(Status.DIVERGED))
+    status = torch.where(nowhere, int(Status.INFEASIBLE), status)
     return result.reshape(*batch, *U.shape[-2:]), Info(*(t.reshape(batch) for t in (status, steps, residual))), ()
 
 
 class _Point:
-    """Logits, assignment, where a whole step leads, what it changes, energy, its rounding, the step to take."""
+    """Logits, assignment, where a whole step leads, its change and the rounding of that, energy, rounding, step."""
 
     def __init__(self, *parts: Tensor) -> None:
         self.parts = parts
-        self.U, self.Y, self.whole, self.change, self.energy, self.noise, self.size = parts
+        self.U, self.Y, self.whole, self.change, self.rounding, self.energy, self.noise, self.size = parts
 
     @staticmethod
     def at(unary: Unary, data: Sequence[Tensor], graph: Tensor, U: Tensor, size: Tensor) -> _Point:
@@ -358,10 +368,11 @@ class _Point:
         pull = graph @ Y
         terms = costs * Y, -0.5 * pull * Y, torch.special.xlogy(Y, Y)
         energy = torch.stack([t.sum((-2, -1)) for t in terms]).sum(0) + constant
-        noise = torch.stack([t.abs().sum((-2, -1)) for t in terms]).sum(0) + constant.abs()
-        whole = pull - costs
+        unit, sizes = torch.finfo(U.dtype).eps, torch.stack([t.abs().sum(-1) for t in terms]).sum(0)
+        noise, whole = sizes.sum(-1) + constant.abs(), pull - costs
         change = _largest(whole.softmax(-1) - Y)
-        return _Point(U, Y, whole, change, energy, 8 * torch.finfo(U.dtype).eps * noise, size)
+        rounding = (8 * unit * (1 + _largest(sizes.unsqueeze(-1)))).clamp(max=unit**0.4)
+        return _Point(U, Y, whole, change, rounding, energy, 8 * unit * noise, size)
 
     def ahead(self) -> Tensor:
         return self.U + self.size[:, None, None] * (self.whole - self.U)

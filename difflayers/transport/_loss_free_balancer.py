@@ -80,7 +80,7 @@ class AuxLossFreeBalancer(nn.Module):
     ) -> None:
         super().__init__()
         check_top_k(top_k, experts)
-        if not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
             raise ValueError(f"rate: expected a finite number above 0, got {rate}")
         self.experts, self.top_k, self.rate = experts, top_k, rate
         self.signed, self.decay, self.normalize = signed, decay, normalize
@@ -116,6 +116,8 @@ class AuxLossFreeBalancer(nn.Module):
             load: ``(experts,)`` tokens of the step, for all processes. None: what was counted here.
         """
         load = self.load if load is None else load
+        if not isinstance(load, Tensor):
+            raise ValueError(f"load: expected a tensor, got {type(load).__name__}")
         check_shape("load", tuple(load.shape), (self.experts,))
         load = load.to(self.bias)
         missing = load.mean() - load

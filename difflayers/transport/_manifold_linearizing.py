@@ -57,8 +57,10 @@ class ManifoldLinearizing(nn.Module):
         super().__init__()
         check_policy(on_failure)
         check_distortion(distortion)
-        if not isinstance(gamma, int | float) or not 0 < gamma < float("inf"):
+        if not isinstance(gamma, int | float) or isinstance(gamma, bool) or not 0 < gamma < float("inf"):
             raise ValueError(f"gamma: expected a finite number above 0, got {gamma}")
+        if not (solver is None or isinstance(solver, SymmetricNewton)):
+            raise ValueError(f"solver: expected SymmetricNewton() or None, got {solver!r}")
         self.gamma, self.distortion, self.solver, self.on_failure = gamma, distortion, solver, on_failure
 
     def membership(self, clustering: Tensor) -> Tensor:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_shape, check_tensor, compute_dtype
+from difflayers._checks import broadcast_batch, check_shape, check_tensor, compute_dtype
 from difflayers._solution import Info, OnFailure, Solution, Status, check_policy, settle
 from difflayers.linalg._autodiff import autocast_off
 from difflayers.proximal._identify import identify
+from difflayers.proximal._operands import check_range, per_element
 
 from ._rounding import check_marginals, rounded
 
@@ -47,7 +48,8 @@ def mirror_sinkhorn(
     Args:
         gradient: ``(P, t) -> G`` at the plan P of step ``t = 0, 1, ...``, whose sums are right on one side at least:
             ``(*batch, n, m)``, where there may be more batch dimensions than the masses have; an unbiased estimate will
-            do. An entry of ``inf`` forbids that entry from then on. Autograd is as it is outside; P is a constant.
+            do. An entry of ``inf`` forbids that entry from then on, but for what rounding adds at the end: at most the
+            residual of :func:`mirror_sinkhorn_ex`. Autograd is as it is outside; P is a constant.
         a: ``(*batch, n)`` masses of the rows, at least 0.
         b: ``(*batch, m)`` masses of the columns, at least 0, with the total of `a`.
         steps: Number of steps, at least 1; no other rule stops.
@@ -163,6 +165,15 @@ def _average(
             raise ValueError(f"gradient: expected at least 2 dimensions, got shape {tuple(G.shape)}")
         check_shape("gradient", G.shape[-2:], (n, m), " in its last dimensions as the plan has")
         eta = length(t)
+        if not isinstance(eta, Tensor | int | float):
+            raise ValueError(f"step_size: expected a function that returns numbers, got {type(eta).__name__}")
+        if isinstance(eta, Tensor):
+            batches = (
+                ("a", tuple(log_P.shape[:-2])),
+                ("gradient", tuple(G.shape[:-2])),
+                ("step_size", tuple(eta.shape)),
+            )
+            broadcast_batch(batches)
         eta = eta.detach().to(log_P)[..., None, None] if isinstance(eta, Tensor) else eta
         # what is zero stays zero, also where the gradient is not finite there
         log_P = torch.where(torch.isneginf(log_P), log_P, log_P - eta * G.detach().to(log_P))
@@ -183,6 +194,7 @@ def _schedule(step_size: StepSize) -> Callable[[int], Any]:
         return step_size
     if isinstance(step_size, Tensor):
         check_tensor("step_size", step_size)
+        check_range(per_element("step_size", step_size, above=0))
     elif isinstance(step_size, bool) or not isinstance(step_size, int | float) or not 0 < step_size < math.inf:
         raise ValueError(f"step_size: expected a finite number above 0, a tensor or a function, got {step_size!r}")
     return lambda t: step_size / math.sqrt(t + 1)

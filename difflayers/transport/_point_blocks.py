@@ -50,18 +50,22 @@ class Blockwise:
     def flat(self, tensors: Sequence[Tensor]) -> Tensor:
         """All outputs, one behind the other: Functions of one output are simpler to differentiate."""
         count = next(t.shape[d] for t, d in zip(tensors, self.rows, strict=True) if d is not None)
-        parts: list[list[Tensor]] = [[] for _ in self.outputs]
+        whole: list[Tensor] = []
         for start in range(0, count, self.size):
             length = min(self.size, count - start)
             cut = zip(tensors, self.rows, strict=True)
             found = self.fn(*(t if d is None else t.narrow(d, start, length) for t, d in cut))
-            for part, out, d in zip(parts, found, self.outputs, strict=True):
-                if d is None and part:
-                    part[0] = part[0] + out
+            if not whole:  # allocated once: between tensors that come and go, those that stay would leave holes
+                whole = [torch.zeros_like(t) if d is None else _longer(t, d, count) for t, d in self._cuts(found)]
+            for all_of_it, (out, d) in zip(whole, self._cuts(found), strict=True):
+                if d is None:
+                    all_of_it += out
                 else:
-                    part.append(out)
-        whole = [p[0] if d is None else torch.cat(p, d) for p, d in zip(parts, self.outputs, strict=True)]
+                    all_of_it.narrow(d, start, length).copy_(out)
         return torch.cat([t.reshape(*t.shape[: self.lead], -1) for t in whole], -1)
+
+    def _cuts(self, found: Sequence[Tensor]) -> list[tuple[Tensor, int | None]]:
+        return list(zip(found, self.outputs, strict=True))
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The outputs."""
@@ -112,6 +116,12 @@ class Blockwise:
     def lifted(self, in_dims: tuple[int | None, ...], count: int) -> Blockwise:
         """The same under one more ``vmap``, with blocks that are smaller by as much."""
         return replace(self, fn=vmap(self.fn, in_dims=in_dims), size=max(1, self.size // count), lead=self.lead + 1)
+
+
+def _longer(t: Tensor, dim: int, count: int) -> Tensor:
+    shape = list(t.shape)
+    shape[dim] = count
+    return t.new_empty(shape)
 
 
 @quick_apply

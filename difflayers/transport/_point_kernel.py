@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._costs import Cosine, Cost, SquaredEuclidean
-from ._iteration import largest_log, times
+from ._iteration import exp_, largest_log, times
 from ._point_blocks import Blockwise, by_blocks
 
 ENTRIES = {"cpu": 2**18}  # of a block, so that it stays in the cache
@@ -39,7 +39,8 @@ class Kernel:
     def __init__(self, cost: Cost, x: Tensor, y: Tensor, f: Tensor, g: Tensor, eps: Tensor, size: int) -> None:
         f = f.expand(*batch_of(x, y, f, g, eps), f.shape[-1])  # blocks then have their shape from the start
         self.cost, self.x, self.y, self.f, self.g, self.eps, self.size = cost, x, y, f, g, eps, size
-        self.count, self.largest = x.shape[-2], largest_log(x.dtype)
+        self.count = x.shape[-2]
+        self.buffer: Tensor | None = None
         self.fused = x.dtype == torch.float64
         self.factors = self._factors() if type(cost) is SquaredEuclidean else None
         self.only = self._block(0, self.count) if self.count <= size else None
@@ -62,8 +63,11 @@ class Kernel:
         )
 
     def _block(self, start: int, stop: int) -> Tensor:
+        """In the memory of the last one, where its shape is the same: the next is asked for when that is done with."""
         if self.factors is not None and self.fused:
-            moved = self.factors[0][..., start:stop, :] @ self.factors[1]
+            left, right = self.factors
+            same = self.buffer is not None and self.buffer.shape[-2] == stop - start
+            self.buffer = moved = torch.matmul(left[..., start:stop, :], right, out=self.buffer if same else None)
         else:
             moved = self.f[..., start:stop].unsqueeze(-1) + self.g.unsqueeze(-2)
             if self.factors is not None:
@@ -71,7 +75,7 @@ class Kernel:
             else:
                 moved.sub_(self.cost(self.x[..., start:stop, :], self.y))
             moved.div_(self.eps[..., None, None])
-        return moved.clamp_(max=self.largest).exp_()
+        return exp_(moved)
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their part of the kernel."""
@@ -94,15 +98,35 @@ class Kernel:
         Returns:
             ``(*batch, n)`` what was kept, and ``(*batch, m)`` the transpose times what was sent.
         """
-        kept: list[Tensor] = []
-        total: Tensor | None = None
+        kept = total = v.new_empty(0)
         for rows, K in self.blocks():
             keep, send = turn(rows, times(K, v))
-            kept.append(keep)
             part = times(K.mT, send)
-            total = part if total is None else total + part
-        assert total is not None
-        return torch.cat(kept, -1), total
+            if rows.start == 0:
+                # small tensors that stay are allocated once: between those that come and go they would leave holes
+                kept, total = keep.new_empty((*keep.shape[:-1], self.count)), torch.zeros_like(part)
+            kept[..., rows] = keep
+            total += part
+        return kept, total
+
+    def there(self, v: Tensor) -> Tensor:
+        """``K v``."""
+        found = v.new_empty(0)
+        for rows, K in self.blocks():
+            part = times(K, v)
+            if rows.start == 0:
+                found = part.new_empty((*part.shape[:-1], self.count))
+            found[..., rows] = part
+        return found
+
+    def back(self, u: Tensor) -> Tensor:
+        """``K^T u``."""
+        total = u.new_empty(0)
+        for rows, K in self.blocks():
+            part = times(K.mT, u[..., rows])
+            total = torch.zeros_like(part) if rows.start == 0 else total
+            total += part
+        return total
 
     def sums(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """``K b`` and ``K^T a``."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from ._iteration import Problem
 from ._point_cloud import PointCloud
 from ._point_kernel import Kernel, batch_of, block_rows, matrix, products
 from ._point_solver import Points, Solver, complement_solved
+from ._sinkhorn_problem import too_small
 from ._sinkhorn_solve import _flat, _looked_at
 from ._solvers import KernelSinkhorn, LogSinkhorn, TransportSolver
 
@@ -41,12 +43,14 @@ class PreparedPoints(NamedTuple):
         y: ``(*batch, m, d)``.
         cost: Of points.
         rows: Of a block; None: by the size of the problem.
+        penalised: Whether there are penalties in the place of a constraint.
     """
 
     base: Prepared
     y: Tensor
     cost: Cost
     rows: int | None
+    penalised: bool
 
     @property
     def args(self) -> tuple[Tensor, ...]:
@@ -74,6 +78,7 @@ def prepare_points(
                 (size,),
                 f" as {'x' if name == 'a' else 'y'} has points",
             )
+    penalised = not (rho_a is None and rho_b is None)
     numbers = [_number(name, t, x) for name, t in (("eps", eps), ("rho_a", rho_a), ("rho_b", rho_b))]
     given = [(n, t, k) for n, t, k in zip(ARGS, (x, y, a, b, *numbers), NDIMS, strict=True) if t is not None]
     check_same((n, t) for n, t, _ in given)
@@ -85,7 +90,8 @@ def prepare_points(
     soft_a, soft_b = 1 / rho_a, 1 / rho_b
     idle = penalty_of_zero(a, soft_a) + penalty_of_zero(b, soft_b)
     args, empty = balanced((x, a, b, eps, soft_a, soft_b), close)
-    return PreparedPoints(Prepared(args, False, x.new_zeros(()), empty, idle), y, cloud.cost, cloud.rows)
+    base = Prepared(args, False, x.new_zeros(()), empty, idle)
+    return PreparedPoints(base, y, cloud.cost, cloud.rows, penalised)
 
 
 def point_problem(
@@ -97,7 +103,8 @@ def point_problem(
         raise ValueError(f"solver: expected LogSinkhorn(), KernelSinkhorn() or None for a PointCloud, got {solver!r}")
     if not (adjoint is None or isinstance(adjoint, CG)):
         raise ValueError(f"adjoint: expected CG() or None for a PointCloud, got {adjoint!r}")
-    problem = _problem(data.cost, data.rows, solver, PATIENT if adjoint is None else adjoint, warm_start is not None)
+    equations = Equations(data.cost, data.rows, data.penalised)
+    problem = _problem(equations, solver, PATIENT if adjoint is None else adjoint, warm_start is not None)
     return problem, (data.args if warm_start is None else (*data.args, _earlier(warm_start, data)))
 
 
@@ -116,23 +123,18 @@ def _earlier(warm_start: Any, data: PreparedPoints) -> Tensor:
             f"{tuple(f.shape)}, {tuple(g.shape)}"
         )
     f, g = (t.detach().to(x.device, x.dtype) for t in (f, g))
-    batch = torch.broadcast_shapes(f.shape[:-1], g.shape[:-1])
-    return torch.cat([f.expand(*batch, f.shape[-1]), g.expand(*batch, g.shape[-1])], -1)
+    return joined(f, g)
 
 
 @functools.lru_cache(maxsize=64)
-def _problem(
-    cost: Cost, rows: int | None, solver: KernelSinkhorn | LogSinkhorn, iterated: CG, warm: bool
-) -> ImplicitProblem:
-    equations = Equations(cost, rows)
-
+def _problem(equations: Equations, solver: KernelSinkhorn | LogSinkhorn, iterated: CG, warm: bool) -> ImplicitProblem:
     def linear_solve(
         z: Tensor, args: tuple[Tensor, ...], _: tuple[Tensor, ...], rhs: Tensor, transpose: bool
     ) -> tuple[Tensor, Info]:
         return equations.solve_linear(z, args, rhs, transpose, iterated)
 
     return ImplicitProblem(
-        solve=functools.partial(_solve, cost=cost, rows=rows, solver=solver),
+        solve=functools.partial(_solve, cost=equations.cost, rows=equations.rows, solver=solver),
         residual=equations.optimality,
         linear_solve=linear_solve,
         value_ndim=1,
@@ -167,10 +169,12 @@ class Equations:
     Args:
         cost: Of points.
         rows: Of a block; None: by the size of the problem.
+        penalised: Sums may then be too small for a number; rows and columns take a kernel each, in which they are not.
     """
 
     cost: Cost
     rows: int | None
+    penalised: bool = False
 
     def size(self, x: Tensor, y: Tensor, z: Tensor, eps: Tensor) -> int:
         """Rows of a block."""
@@ -201,11 +205,15 @@ class Equations:
         """As :func:`._sinkhorn_problem.optimality`."""
         n = x.shape[-2]
         e, f, g = eps.unsqueeze(-1), z[..., :n], z[..., n:]
-        rows, columns = self.products(z, x, y, eps, right=b.unsqueeze(-1), left=a.unsqueeze(-1))
-        top = e * (rows.squeeze(-1).log() + f * soft_a.unsqueeze(-1))
-        bottom = e * (columns.squeeze(-1).log() + g * soft_b.unsqueeze(-1))
-        batch = torch.broadcast_shapes(top.shape[:-1], bottom.shape[:-1])
-        return torch.cat([top.expand(*batch, n), bottom.expand(*batch, g.shape[-1])], -1)
+        right, left = {"right": b.unsqueeze(-1)}, {"left": a.unsqueeze(-1)}
+        if self.penalised:
+            up_f, up_g = f * (1 + e * soft_a.unsqueeze(-1)), g * (1 + e * soft_b.unsqueeze(-1))
+            rows = self.products(joined(up_f, g), x, y, eps, **right)[0]
+            columns = self.products(joined(f, up_g), x, y, eps, **left)[0]
+        else:
+            rows, columns = self.products(z, x, y, eps, **right, **left)
+        top, bottom = e * rows.squeeze(-1).log(), e * columns.squeeze(-1).log()
+        return joined(top, bottom)
 
     def solve_linear(
         self, z: Tensor, args: tuple[Tensor, ...], rhs: Tensor, transpose: bool, iterated: CG
@@ -213,14 +221,20 @@ class Equations:
         """As :func:`._sinkhorn_problem.solve_linear`."""
         x, y, a, b, eps, soft_a, soft_b = args[: len(NDIMS)]
         n = x.shape[-2]
-        K = Kernel(self.cost, x, y, z[..., :n], z[..., n:], eps, self.size(x, y, z, eps))
-        rows, columns = K.sums(a, b)
+        f, g, size = z[..., :n], z[..., n:], self.size(x, y, z, eps)
         ka, kb = 1 + (eps * soft_a).unsqueeze(-1), 1 + (eps * soft_b).unsqueeze(-1)
+        K = by_row = by_column = Kernel(self.cost, x, y, f, g, eps, size)
+        rows, columns = K.sums(a, b)
+        lost_rows, lost_columns = too_small(rows), too_small(columns)
+        c = torch.where(lost_columns, 0, b * columns)
+        left = torch.where(lost_rows, 0, a / (rows * ka))
+        right = torch.where(lost_columns, 0, b / (columns * kb)).sqrt()
+        if self.penalised:
+            by_row, by_column = (Kernel(self.cost, x, y, *u, eps, size) for u in ((f * ka, g), (f, g * kb)))
+            rows, columns = by_row.there(b), by_column.back(a)
         hard = ((soft_a == 0) & (soft_b == 0)).unsqueeze(-1)
         p, q = rhs[..., :n], rhs[..., n:]
-        c = b * columns
         root, inverse, empty = c.sqrt(), schur.inverse_sqrt(c), c == 0
-        left, right = a / (rows * ka), (b / (columns * kb)).sqrt()
         w = torch.where(hard, schur.null_vector(c), 0)
 
         def shorter(r: Tensor) -> tuple[Tensor, Info]:
@@ -240,23 +254,37 @@ class Equations:
                 return reduced, reduced / rows[..., at]
 
             y_empty = torch.where(empty, q / kb, 0)
-            p, back = K.there_and_back(y_empty / columns, moved)
+            p, back = there_and_back(by_column, by_row, y_empty / columns, moved)
             full, info = shorter(inverse * (q - b * back))
             full = root * full
-            x = p - K.there_and_back(full / columns, lambda at, t: (a[..., at] * t / ka, t))[0]
+            x = p - a * by_column.there(full / columns) / ka
             full = full + y_empty
         else:
-            sent = a * p / ka
-            _, back = K.there_and_back(torch.zeros_like(q), lambda at, t: (t, sent[..., at]))
-            full, info = shorter(root * (q - back / columns))
+            full, info = shorter(root * (q - by_column.back(a * p / ka) / columns))
             full = inverse * full
 
             def solved(at: slice, t: Tensor) -> tuple[Tensor, Tensor]:
                 found = (p[..., at] - t / rows[..., at]) / ka
                 return found, a[..., at] * found
 
-            x, back = K.there_and_back(b * full, solved)
+            x, back = there_and_back(by_row, by_column, b * full, solved)
             full = torch.where(empty, (q - back / columns) / kb, full)
         solution = torch.cat([x, full], -1)
         bad = ~torch.isfinite(solution).all(-1)
         return solution, info._replace(status=torch.where(bad, int(Status.SINGULAR), info.status))
+
+
+def joined(f: Tensor, g: Tensor) -> Tensor:
+    """Both, one behind the other."""
+    batch = torch.broadcast_shapes(f.shape[:-1], g.shape[:-1])
+    return torch.cat([f.expand(*batch, f.shape[-1]), g.expand(*batch, g.shape[-1])], -1)
+
+
+def there_and_back(
+    there: Kernel, back: Kernel, v: Tensor, turn: Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """As :meth:`Kernel.there_and_back`, also with two kernels."""
+    if there is back:
+        return there.there_and_back(v, turn)
+    kept, sent = turn(slice(None), there.there(v))
+    return kept, back.back(sent)

@@ -15,13 +15,25 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import default_rtol
-from difflayers._solution import Info, Status
+from difflayers._solution import Info
 from difflayers.linalg import CG
 from difflayers.linalg._operator import OperatorSystem
 
 from . import _schur as schur
 from ._costs import Cost
-from ._iteration import HANDOVER, STAGE_STEPS, gain, too_slow, wanted
+from ._iteration import (
+    HANDOVER,
+    STAGE_STEPS,
+    Problem,
+    best_shift,
+    credible,
+    gain,
+    judged,
+    rounding,
+    sampled,
+    too_slow,
+    wanted,
+)
 from ._point_kernel import Kernel
 from ._solvers import KernelSinkhorn, LogSinkhorn
 
@@ -54,6 +66,11 @@ class Points(NamedTuple):
     soft_a: Tensor
     soft_b: Tensor
 
+    @property
+    def problem(self) -> Problem:
+        """For what does not look at costs."""
+        return Problem(self.x, *self[2:])
+
     def pick(self, rows: Tensor) -> Points:
         """Some elements of the batch, by index or mask."""
         return self if bool(rows.dtype == torch.bool and rows.all()) else Points(*(t[rows] for t in self))
@@ -73,9 +90,8 @@ class Solver:
 
     def solve(self, p: Points, init: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Info]:
         """``(f, g, info)``; the residual of `info` is the L1 error of the sums, relative to the mass."""
-        f, g, low, top = self.start(p)
-        size = torch.maximum(low.abs(), top.abs())
-        noise = torch.finfo(f.dtype).eps * (4 + size / p.eps)
+        f, g, wide = self.start(p)
+        noise = rounding(p.problem, f, g)
         rtol = default_rtol(self.options.rtol, f.dtype)
         enough, tol = noise.clamp(min=rtol), (noise / 8).clamp(min=rtol)  # Newton's method often reaches more
         steps = torch.zeros(f.shape[0], dtype=torch.int64, device=f.device)
@@ -87,7 +103,6 @@ class Solver:
             f0 = self.soft_rows(p, g0, p.eps)  # nothing is known of the range of the given ones
             f0, g0, error, steps = self.newton(p, f0, g0, tol, min(self.options.newton_steps, _WARM))
             f, g = self.better(p, (f0, g0), (f, g), error <= HANDOVER)
-        wide = top - low
         scaled = self.options.scaling & (p.eps < 5e-3 * wide)
         if init is not None:
             scaled = scaled & ~(error <= HANDOVER)
@@ -99,7 +114,7 @@ class Solver:
         steps = steps + more
         if newton:
             f, g, error, more = self.newton(p, f, g, tol, self.options.newton_steps)
-            steps, rest = steps + more, (error > enough).nonzero().squeeze(-1)
+            steps, rest = steps + more, (error > enough + rounding(p.problem, f, g)).nonzero().squeeze(-1)
             left = self.options.max_steps - few
             if rest.numel() and left > 0:
                 q = p.pick(rest)
@@ -107,25 +122,27 @@ class Solver:
                 f, g = f.index_put((rest,), f_rest), g.index_put((rest,), g_rest)
                 steps = steps.index_add(0, rest, more)
         error = self.error(p, f, g)
-        status = torch.where(error <= enough + noise, int(Status.CONVERGED), int(Status.MAX_STEPS))
-        return f, g, Info(torch.where(torch.isfinite(error), status, int(Status.DIVERGED)), steps, error)
+        return f, g, Info(judged(p.problem, f, g, error, enough, has_costs=False), steps, error)
 
     # ------------------------------------------------------------------------------------------------- the iteration
 
-    def start(self, p: Points) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As :func:`._iteration.start`, and the lowest and the largest cost that is not forbidden."""
-        rows, low, top, g = [], [], [], None
+    def start(self, p: Points) -> tuple[Tensor, Tensor, Tensor]:
+        """As :func:`._iteration.start`, and the range of the costs as :func:`._iteration.spread`."""
+        inf = torch.inf
+        f, g = torch.full_like(p.a, inf), torch.full_like(p.b, inf)
+        low, top = torch.full_like(p.eps, inf), torch.full_like(p.eps, -inf)
         for s in range(0, p.x.shape[1], self.size):
-            stop = s + self.size
-            C = self.cost(p.x[:, s:stop], p.y)
-            f = torch.where((p.b > 0).unsqueeze(-2), C, torch.inf).amin(-1)
-            part = torch.where((p.a[:, s:stop] > 0).unsqueeze(-1), C - f.unsqueeze(-1), torch.inf).amin(-2)
-            g = part if g is None else torch.minimum(g, part)
-            rows.append(f)
-            low.append(C.amin((-2, -1)))
-            top.append(torch.where(torch.isposinf(C), -torch.inf, C).amax((-2, -1)))
-        assert g is not None
-        return torch.cat(rows, -1), g, torch.stack(low).amin(0), torch.stack(top).amax(0)
+            rows = slice(s, s + self.size)
+            C, mine = self.cost(p.x[:, rows], p.y), (p.a[:, rows] > 0).unsqueeze(-1)
+            f[:, rows] = torch.where((p.b > 0).unsqueeze(-2), C, inf).amin(-1)
+            g = torch.minimum(g, torch.where(mine, C - f[:, rows].unsqueeze(-1), inf).amin(-2))
+            counts = mine & (p.b > 0).unsqueeze(-2) & torch.isfinite(C)
+            low = torch.minimum(low, torch.where(counts, C, inf).amin((-2, -1)))
+            top = torch.maximum(top, torch.where(counts, C, -inf).amax((-2, -1)))
+        some, others = sampled(p.x.shape[1], p.y.shape[1])
+        sample = self.cost(p.x[:, some], p.y[:, others])
+        counts = (p.a[:, some] > 0).unsqueeze(-1) & (p.b[:, others] > 0).unsqueeze(-2)
+        return f, g, credible(top - low, torch.where(counts, sample, inf))
 
     def iterate(
         self, p: Points, f: Tensor, g: Tensor, tol: Tensor, eps: Tensor, max_steps: int, patience: float
@@ -183,19 +200,17 @@ class Solver:
         return _Visit(new, g, following, columns, want, error, dual)
 
     def translated(self, p: Points, f: Tensor, g: Tensor, moving: Tensor) -> tuple[Tensor, Tensor]:
-        """With the best constant moved from one potential to the other, where both marginals are penalised."""
-        both = (p.soft_a > 0) & (p.soft_b > 0) & moving
-        ratio = wanted(p.a, f, p.soft_a).sum(-1).log() - wanted(p.b, g, p.soft_b).sum(-1).log()
-        move = torch.where(both, ratio / torch.where(both, p.soft_a + p.soft_b, 1), 0).unsqueeze(-1)
+        """With the best constant moved from one potential to the other, where a marginal is penalised."""
+        move = torch.where(moving, best_shift(p.problem, f, g), 0).unsqueeze(-1)
         return f + move, g - move
 
     def soft_rows(self, p: Points, g: Tensor, eps: Tensor) -> Tensor:
         """The soft minimum of every row, in the logarithm."""
-        e, parts = eps.unsqueeze(-1), []
+        e, logs = eps.unsqueeze(-1), torch.empty_like(p.a)
         for s in range(0, p.x.shape[1], self.size):
             moved = (g.unsqueeze(-2) - self.cost(p.x[:, s : s + self.size], p.y)) / e.unsqueeze(-1)
-            parts.append((moved + p.b.log().unsqueeze(-2)).logsumexp(-1))
-        return -e * torch.cat(parts, -1) / (1 + e * p.soft_a.unsqueeze(-1))
+            logs[:, s : s + self.size] = (moved + p.b.log().unsqueeze(-2)).logsumexp(-1)
+        return -e * logs / (1 + e * p.soft_a.unsqueeze(-1))
 
     def soft_columns(self, p: Points, f: Tensor, eps: Tensor) -> Tensor:
         """The soft minimum of every column."""
@@ -301,7 +316,7 @@ def complement_solved(
     """``I - A^T A + w w^T`` solved with ``A^T A = diag(right) K^T diag(left) K diag(right)``, one pass a product."""
 
     def product(_: tuple[Tensor, ...], v: Tensor) -> Tensor:
-        back = K.there_and_back(right * v, lambda rows, t: (t[..., :0], left[..., rows] * t))[1]
+        back = K.there_and_back(right * v, lambda rows, t: (t, left[..., rows] * t))[1]
         return v - right * back + w * (w * v).sum(-1, keepdim=True)
 
     system = OperatorSystem(solver, None, matvec=product)

@@ -33,7 +33,7 @@ def rate_reduction(features: Tensor, membership: Tensor, *, distortion: float = 
         distortion: Root mean square error to which features are written down, above 0.
 
     Returns:
-        ``(*batch)`` nats for each feature; NaN where negative shares leave no rate.
+        ``(*batch)`` nats for each feature; NaN where a group with negative shares has no rate.
 
     Raises:
         ValueError: For shapes that do not fit or a distortion that is not positive, naming the argument.
@@ -63,7 +63,7 @@ def rate_reduction(features: Tensor, membership: Tensor, *, distortion: float = 
         raise ValueError(f"features: expected at least one of at least one dimension, got {tuple(features.shape)}")
     with autocast_off(features):
         work = compute_dtype(features.dtype)
-        Z, shares, scale = features.to(work), membership.to(work), d / distortion**2
+        Z, shares, scale = features.to(work) / distortion, membership.to(work), float(d)
         sizes = shares.sum(-1)
         some = (sizes > 0).unsqueeze(-1)
         weights = torch.where(some, shares * (scale / torch.where(some, sizes.unsqueeze(-1), 1)), 0)
@@ -74,7 +74,7 @@ def rate_reduction(features: Tensor, membership: Tensor, *, distortion: float = 
 
 def check_distortion(distortion: float) -> None:
     """Refuses what is no positive number."""
-    if not isinstance(distortion, int | float) or not 0 < distortion < math.inf:
+    if not isinstance(distortion, int | float) or isinstance(distortion, bool) or not 0 < distortion < math.inf:
         raise ValueError(f"distortion: expected a finite number above 0, got {distortion}")
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -36,7 +34,7 @@ class Routing(NamedTuple):
 def check_gates(name: str, gates: Tensor, mask: Tensor | None, top_k: int) -> None:
     """Refuses what no router works with."""
     check_tensor(name, gates, min_ndim=2)
-    if not 1 <= top_k <= gates.shape[-1]:
+    if not _is_count(top_k) or not 1 <= top_k <= gates.shape[-1]:
         raise ValueError(f"top_k: expected 1 to {gates.shape[-1]} as {name} has experts, got {top_k}")
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -47,10 +45,14 @@ def check_gates(name: str, gates: Tensor, mask: Tensor | None, top_k: int) -> No
 
 def check_top_k(top_k: int, experts: int | None = None) -> None:
     """Refuses settings of a module."""
-    if experts is not None and experts < 1:
-        raise ValueError(f"experts: expected a number of at least 1, got {experts}")
-    if top_k < 1 or (experts is not None and top_k > experts):
+    if experts is not None and (not _is_count(experts) or experts < 1):
+        raise ValueError(f"experts: expected an integer of at least 1, got {experts}")
+    if not _is_count(top_k) or top_k < 1 or (experts is not None and top_k > experts):
         raise ValueError(f"top_k: expected 1 to {experts or 'the number of experts'}, got {top_k}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def choose(scores: Tensor, gates: Tensor, mask: Tensor | None, top_k: int, normalize: bool) -> Routing:
@@ -59,24 +61,16 @@ def choose(scores: Tensor, gates: Tensor, mask: Tensor | None, top_k: int, norma
     The choice has no derivative; the weights are differentiable in `gates`.
     """
     experts = scores.detach().argsort(dim=-1, descending=True, stable=True)[..., :top_k]
-    weights = gates.gather(-1, experts)
+    return routing_of(experts, gates.gather(-1, experts), mask, normalize, scores.shape[-1])
+
+
+def routing_of(experts: Tensor, weights: Tensor, mask: Tensor | None, normalize: bool, count: int) -> Routing:
+    """The routing of given choices among `count` experts."""
     if normalize:
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total == 0, 1, total)
     if mask is not None:
         weights = torch.where(mask.unsqueeze(-1), weights, 0)
     counted = torch.ones_like(experts) if mask is None else mask.unsqueeze(-1).expand(experts.shape).to(experts.dtype)
-    load = experts.new_zeros(*experts.shape[:-2], scores.shape[-1])
+    load = experts.new_zeros(*experts.shape[:-2], count)
     return Routing(weights, experts, load.scatter_add(-1, experts.flatten(-2), counted.flatten(-2)))
-
-
-@contextmanager
-def renamed(**names: str) -> Iterator[None]:
-    """Errors of :func:`sinkhorn` that name its arguments name those of the caller instead."""
-    try:
-        yield
-    except ValueError as error:
-        argument, _, rest = str(error).partition(":")
-        if argument not in names:
-            raise
-        raise ValueError(f"{names[argument]}:{rest}") from None

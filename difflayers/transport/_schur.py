@@ -46,16 +46,22 @@ def null_vector(d2: Tensor) -> Tensor:
 def factorise(A: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor of ``I - A^T A + w w^T``, and which elements have none.
 
-    Pivots that rounding makes negative (blocks of the plan that hardly exchange mass) are lifted by a trace of the
-    identity, a hundred times more at the second and at the third attempt.
+    Rounding makes pivots negative where blocks of the plan hardly exchange mass.
     """
-    m = A.shape[-1]
     S = w.unsqueeze(-1) * w.unsqueeze(-2)
     S -= A.mT @ A
+    S.diagonal(dim1=-2, dim2=-1).add_(1)
+    return lifted_cholesky(S, A.shape[-1] * torch.finfo(A.dtype).eps)
+
+
+def lifted_cholesky(S: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of matrices that are overwritten, and which elements have none.
+
+    Negative pivots are lifted by a trace of the identity, `noise`, a hundred times more at the second and at the third
+    attempt.
+    """
     diagonal = S.diagonal(dim1=-2, dim2=-1)
-    diagonal += 1
     L, info = torch.linalg.cholesky_ex(S)
-    noise = m * torch.finfo(A.dtype).eps
     for lift in (noise, 1e2 * noise, 1e4 * noise):
         bad = info != 0
         if not bool(bad.any()):

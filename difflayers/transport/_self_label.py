@@ -18,13 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_same, check_shape, check_tensor
+from difflayers._checks import check_same, check_shape, check_tensor, renamed
 from difflayers._solution import Info, OnFailure, Solution, check_policy, settle
 from difflayers.linalg import LinearSolver
 
 from ._coupling import Coupling
 from ._label_chunks import Chunk, matrices
-from ._routing import renamed
 from ._self_label_stream import SelfLabelState, SemiDualNewton, stream, stream_labels
 from ._sinkhorn import sinkhorn, sinkhorn_ex
 from ._solvers import TransportSolver
@@ -275,7 +274,9 @@ def _per_head(prior: Prior, count: int) -> list[Tensor | None]:
 def _eps_per_head(eps: Any, count: int) -> list[Any]:
     """One number a head, above 0."""
     if isinstance(eps, Tensor):
-        each = eps.expand(count).unbind() if eps.numel() in (1, count) and eps.ndim < 2 else ()
+        each: tuple[Any, ...] = eps.reshape(-1).expand(count).unbind() if eps.numel() in (1, count) else ()
+    elif isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise ValueError(f"eps: expected a number or a tensor, got {type(eps).__name__}")
     else:
         each = (eps,) * count
     if len(each) != count:

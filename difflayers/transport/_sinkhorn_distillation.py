@@ -22,12 +22,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
+from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype, renamed
 from difflayers._solution import OnFailure, check_policy
 from difflayers.implicit import solution_map
 from difflayers.linalg._autodiff import autocast_off
 
-from ._costs import Cosine, Cost
+from ._costs import Cosine, Cost, cost_of_pairs
 from ._coupling import plan_unless_failed, prepare
 from ._manhattan import Manhattan
 from ._sinkhorn_solve import problem_for
@@ -100,9 +100,10 @@ def sinkhorn_distillation(
         raise ValueError(f"cost: expected Cosine() or another function of the states, got {cost!r}")
     dtype, work = student.dtype, compute_dtype(student.dtype)
     with autocast_off(student):
-        W = _costs(cost, student.to(work), teacher.detach().to(work))
+        W = cost_of_pairs(cost, student.to(work), teacher.detach().to(work))
         a, b, eps = (_lifted(t, dtype) for t in (a, b, eps))
-        data = prepare(W, a, b, eps, None, None, dtype=dtype)
+        with renamed(cost="student, teacher"):
+            data = prepare(W, a, b, eps, None, None, dtype=dtype)
         problem, args = problem_for(data, solver, None)
         problem = dataclasses.replace(problem, arg_names=("student, teacher", *problem.arg_names[1:]))
         P = plan_unless_failed(solution_map(problem, args, on_failure=on_failure), data, on_failure)
@@ -192,7 +193,8 @@ class SinkhornDistillation(nn.Module):
         work = compute_dtype(student_logits.dtype)
         student, teacher = _unmasked(mask, student_logits, teacher_logits.detach())
         p, q = (_probabilities(t.to(work) / self.temperature) for t in (student, teacher))
-        return self._loss(p, q, mask, Manhattan()).to(student_logits.dtype)
+        with renamed(**{"student, teacher": "student_logits, teacher_logits"}):
+            return self._loss(p, q, mask, Manhattan()).to(student_logits.dtype)
 
     def states(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         """The loss on hidden states of equal width, by the `cost` of this module.
@@ -253,13 +255,6 @@ def _probabilities(logits: Tensor) -> Tensor:
     bad = torch.isnan(logits.detach().softmax(-1)).any(-1, keepdim=True).any(-2, keepdim=True)
     p = torch.where(bad, 0, logits).softmax(-1)
     return torch.where(bad, logits.sum((-2, -1), keepdim=True) * 0, p)
-
-
-def _costs(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
-    """The cost of every pair; of elements that are not finite only NaN, since 0 * NaN would reach what they share."""
-    total = ((x.sum((-2, -1)) + y.sum((-2, -1))) * 0)[..., None, None]
-    bad = torch.isnan(total)
-    return torch.where(bad, total, cost(torch.where(bad, 0, x), torch.where(bad, 0, y)))
 
 
 def _check_pair(name: str, student: Tensor, other: str, teacher: Tensor) -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_shape, compute_dtype
+from difflayers._checks import compute_dtype
 from difflayers._solution import OnFailure
 
-from ._costs import Cost, SquaredEuclidean, check_points
+from ._costs import Cost, SquaredEuclidean, check_points, cost_of_pairs
 from ._coupling import prepare
 from ._point_cloud import PLAN_LIMIT, PointCloud
 from ._point_problem import prepare_points
@@ -103,7 +103,7 @@ def sinkhorn_divergence(
         if matrix_free:
             cloud = PointCloud(p, q, cost)
             return point_value(prepare_points(cloud, s, t, eps, rho, rho, points.dtype), solver, None, on_failure)
-        data = prepare(_costs(cost, p, q), s, t, eps, rho, rho, dtype=points.dtype)
+        data = prepare(cost_of_pairs(cost, p, q), s, t, eps, rho, rho, dtype=points.dtype)
         return value_of(data, solver, None, on_failure)
 
     S = value(x, y, a, b) - value(x, x, a, a) / 2 - value(y, y, b, b) / 2
@@ -115,25 +115,3 @@ def sinkhorn_divergence(
 
 def _lifted(t: Any) -> Any:
     return t.to(compute_dtype(t.dtype)) if isinstance(t, Tensor) else t
-
-
-def _costs(cost: Cost, x: Tensor, y: Tensor) -> Tensor:
-    """The cost of every pair; of elements that are not finite only NaN, since 0 * NaN would reach what they share."""
-    total = (x.sum((-2, -1)) + y.sum((-2, -1))) * 0
-    bad = torch.isnan(total)
-    x, y = (torch.where(_of(bad, t.shape[:-2])[..., None, None], 0, t) for t in (x, y))
-    costs = cost(x, y)
-    expected = (*torch.broadcast_shapes(x.shape[:-2], y.shape[:-2]), x.shape[-2], y.shape[-2])
-    check_shape("cost", tuple(costs.shape), expected, " for every pair of points")
-    return torch.where(bad[..., None, None], total[..., None, None], costs)
-
-
-def _of(bad: Tensor, batch: torch.Size) -> Tensor:
-    """Elements of an argument that fewer elements may share: bad where all that share it are."""
-    extra = bad.ndim - len(batch)
-    if extra:
-        bad = bad.flatten(0, extra - 1).all(0)
-    for dim, size in enumerate(batch):
-        if size == 1:
-            bad = bad.all(dim, keepdim=True)
-    return bad

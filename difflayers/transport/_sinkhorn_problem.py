@@ -146,8 +146,7 @@ class _Point(NamedTuple):
             ratio = ratio.expand(*torch.broadcast_shapes(ratio.shape[:-2], eps.shape), *ratio.shape[-2:]).clone()
         ratio = exp_(ratio.div_(eps[..., None, None]))
         rows, columns = times(ratio, b), times(ratio.mT, a)
-        tiny = math.exp(-largest_log(rows.dtype)) / torch.finfo(rows.dtype).eps
-        lost_rows, lost_columns = rows < tiny, columns < tiny
+        lost_rows, lost_columns = too_small(rows), too_small(columns)
         by_row = by_column = ratio
         if bool(lost_rows.any()) or bool(lost_columns.any()):
             logs = (z[..., :n].unsqueeze(-1) + z[..., n:].unsqueeze(-2) - cost) / eps[..., None, None]
@@ -168,6 +167,11 @@ class _Point(NamedTuple):
     @property
     def null_vector(self) -> Tensor:
         return torch.where(self.hard.unsqueeze(-1), schur.null_vector(self.b * self.columns), 0)
+
+
+def too_small(sums: Tensor) -> Tensor:
+    """Sums of which the smallest numbers that are kept may make up a part."""
+    return sums < math.exp(-largest_log(sums.dtype)) / torch.finfo(sums.dtype).eps
 
 
 def _regained(logs: Tensor, ratio: Tensor, mass: Tensor, lost: Tensor, dim: int) -> Tensor:

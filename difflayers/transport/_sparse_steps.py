@@ -9,6 +9,7 @@ X. Tang et al., Accelerating Sinkhorn Algorithm with Sparse Newton Iterations, 2
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import NamedTuple
@@ -180,18 +181,27 @@ class _Sparse:
         row, column = element * n + row, element * m + column
         values = plan[kept] * s1.flatten()[row] * s2.flatten()[column]
         order = column.argsort(stable=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "in beta state"
-            return _Sparse(
-                _csr(row, column, values, (B * n, B * m)),
-                _csr(column[order], row[order], values[order], (B * m, B * n)),
-            )
+        _quiet()
+        return _Sparse(
+            _csr(row, column, values, (B * n, B * m)),
+            _csr(column[order], row[order], values[order], (B * m, B * n)),
+        )
 
     def times(self, v: Tensor) -> Tensor:
         return (self.matrix @ v.flatten()).reshape(v.shape[0], -1)
 
     def transposed(self, v: Tensor) -> Tensor:
         return (self.transpose @ v.flatten()).reshape(v.shape[0], -1)
+
+
+@functools.cache
+def _quiet() -> None:
+    """Takes the warning of a beta state, which torch gives once; filters are those of all threads: not every time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        starts = torch.zeros(1, dtype=torch.int64, device="cpu")
+        values = torch.zeros(0, dtype=torch.float32, device="cpu")
+        torch.sparse_csr_tensor(starts, starts[:0], values, (0, 0), device="cpu", check_invariants=False)
 
 
 def _csr(row: Tensor, column: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 from difflayers._checks import default_rtol
 from difflayers._solution import Info, Status
 from difflayers.linalg import CG, LinearOperator, Tag, linear_solve_ex
-from difflayers.linalg._direct import solve_columns
 from difflayers.linalg._system import Params
 
+from . import _schur as schur
 from ._iteration import HANDOVER, largest_log, times
 
 _PRODUCTS = 15  # damped steps before Newton's method, on the kernel or in the logarithm
@@ -75,15 +75,15 @@ def symmetric_newton(
         ``(p, info)``.
     """
     top, low = _range(problem.affinity)
-    noise = torch.finfo(top.dtype).eps * (4 + (top - low) / problem.gamma)
-    tol = noise.clamp(min=default_rtol(rtol, top.dtype))
+    least = default_rtol(rtol, top.dtype)
+    tol = rounding(problem, start(problem.affinity)).clamp(min=least)
     impossible = (problem.affinity <= forbidden(top.dtype)).all(-1).any(-1)
     goal = torch.where(impossible, torch.inf, tol)
     p = _warmed_up(problem, start(problem.affinity))
     if init is not None:
         p = torch.where(torch.isfinite(init).all(-1, keepdim=True), init, p)
     p, error, steps = _newton(problem, p, goal, min(max_steps, _EASY))
-    rest = ~(error <= goal) & torch.isfinite(top - low)
+    rest = ~(error <= torch.maximum(goal, rounding(problem, p))) & torch.isfinite(top - low)
     if max_steps > _EASY and bool(rest.any()):
         q, again, more, none = _staged(problem.pick(rest), tol[rest], top[rest], low[rest], max_steps)
         better = ~(again >= error[rest])
@@ -91,7 +91,9 @@ def symmetric_newton(
         error[rest] = torch.where(better, again, error[rest])
         steps[rest] += more
         impossible[rest] = none & ~(error[rest] <= tol[rest])
-    status = torch.where(error <= tol + noise, int(Status.CONVERGED), int(Status.MAX_STEPS))
+    noise = rounding(problem, p)
+    good = error <= noise.clamp(min=least) + noise
+    status = torch.where(good, int(Status.CONVERGED), int(Status.MAX_STEPS))
     status = torch.where(torch.isfinite(error), status, int(Status.DIVERGED))
     error = torch.where(torch.isinf(goal), torch.inf, error)  # of a row without any entry
     return p, Info(torch.where(impossible, int(Status.INFEASIBLE), status), steps, error)
@@ -100,6 +102,15 @@ def symmetric_newton(
 def start(affinity: Tensor) -> Tensor:
     """Potentials with ``p_i + p_j + A_ij <= 0``, and an equality for the largest affinity of all."""
     return -affinity.amax(-1) / 2
+
+
+def rounding(problem: Problem, p: Tensor) -> Tensor:
+    """``(B,)`` the error of the sums that rounding of the potential leaves, and never more than it may be.
+
+    Affinities far below the others do no harm: the plan is zero there.
+    """
+    unit = torch.finfo(p.dtype).eps
+    return (unit * (4 + 2 * p.abs().amax(-1) / problem.gamma)).clamp(max=unit**0.4)
 
 
 def _warmed_up(problem: Problem, p: Tensor) -> Tensor:
@@ -239,11 +250,11 @@ def _direction(now: _Point) -> Tensor:
     scaled = scaled_plan(now.plan, root)
     right = root * (1 - now.rows)
     if right.shape[-1] <= DENSE_LIMIT:
-        return root * solve_factorised(factorise(scaled)[0], right)
+        return root * schur.solve_factorised(factorise(scaled)[0], right)
     x, info = solve_iterated(scaled, right, _INEXACT)  # stopped early it is a direction of ascent all the same
     early = info.status != Status.CONVERGED
     if right.shape[-1] <= LARGEST and bool(early.any()):
-        x[early] = solve_factorised(factorise(scaled[early])[0], right[early])
+        x[early] = schur.solve_factorised(factorise(scaled[early])[0], right[early])
     return root * x
 
 
@@ -260,22 +271,8 @@ def factorise(scaled: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, eps = scaled.shape[-1], torch.finfo(scaled.dtype).eps
     S = scaled.clone()
-    diagonal = S.diagonal(dim1=-2, dim2=-1)
-    diagonal += 1 + 8 * eps
-    L, info = torch.linalg.cholesky_ex(S)
-    for lift in (4 * n * eps, 4e2 * n * eps, 4e4 * n * eps):
-        bad = info != 0
-        if not bool(bad.any()):
-            break
-        diagonal += torch.where(bad, lift, 0).unsqueeze(-1)
-        again, info = torch.linalg.cholesky_ex(S)
-        L = torch.where(bad[..., None, None], again, L)
-    return L, info != 0
-
-
-def solve_factorised(L: Tensor, right: Tensor) -> Tensor:
-    """Solved for vectors ``(*extra, *batch, n)``."""
-    return solve_columns(lambda L, b: torch.cholesky_solve(b, L), (L,), (2,), right)
+    S.diagonal(dim1=-2, dim2=-1).add_(1 + 8 * eps)
+    return schur.lifted_cholesky(S, 4 * n * eps)
 
 
 def solve_iterated(scaled: Tensor, right: Tensor, solver: CG) -> tuple[Tensor, Info]:

@@ -12,12 +12,16 @@ Symbols: ``lambda`` ridge, ``beta`` scale.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from difflayers._checks import broadcast_batch, check_same, check_tensor, compute_dtype
 from difflayers.linalg import Cholesky, linear_solve
 from difflayers.linalg._autodiff import autocast_off, physical
+
+from ._costs import confined
 
 
 def zero_shot_loss(
@@ -62,6 +66,8 @@ def zero_shot_loss(
     count, m = attributes.shape[-2:]
     if count < 2 or m == 0:
         raise ValueError(f"attributes: expected at least 2 rows and 1 column, got shape {tuple(attributes.shape)}")
+    if class_embeddings.shape[-2] == 0:
+        raise ValueError(f"class_embeddings: expected at least 1 row, got shape {tuple(class_embeddings.shape)}")
     _check_labels(labels, attributes, class_embeddings.shape[-2])
     broadcast_batch(
         (name, tuple(t.shape[: t.ndim - k]))
@@ -71,18 +77,19 @@ def zero_shot_loss(
             ("class_embeddings", class_embeddings, 2),
         )
     )
-    if not ridge > 0:
-        raise ValueError(f"ridge: expected more than 0, got {ridge}")
+    for name, number, least in (("ridge", ridge, 0.0), ("scale", scale, -math.inf)):
+        if isinstance(number, bool) or not isinstance(number, int | float) or not least < number < math.inf:
+            raise ValueError(f"{name}: expected a finite number{' above 0' * (least == 0)}, got {number!r}")
     dtype, work, half = attributes.dtype, compute_dtype(attributes.dtype), count // 2
     with autocast_off(attributes):
-        X, E = attributes.to(work), class_embeddings.to(work)
+        (X, of_X), (E, of_E) = confined(attributes.to(work), 2), confined(class_embeddings.to(work), 2)
         own = labels.unsqueeze(-1) == torch.arange(E.shape[-2], device=labels.device)
         Y = own.to(work) @ E
         A, B = (X[..., :half, :], Y[..., :half, :]), (X[..., half:, :], Y[..., half:, :])
         # each half is predicted by what was fitted to the other
         predicted = torch.cat([A[0] @ _ridge_regression(*B, ridge), B[0] @ _ridge_regression(*A, ridge)], -2)
         logs = (scale * (predicted @ E.mT)).log_softmax(-1)
-        return -torch.where(own, logs, 0).sum(-1).mean(-1).to(dtype)
+        return (of_X + of_E - torch.where(own, logs, 0).sum(-1).mean(-1)).to(dtype)
 
 
 def _ridge_regression(X: Tensor, Y: Tensor, ridge: float) -> Tensor:

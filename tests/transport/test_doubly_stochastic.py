@@ -15,7 +15,7 @@ from torch import Tensor
 
 from difflayers import SolveError, SolveWarning, Status
 from difflayers.linalg import CG, Cholesky
-from difflayers.transport import SymmetricNewton, doubly_stochastic, doubly_stochastic_ex, sinkhorn
+from difflayers.transport import Coupling, SymmetricNewton, doubly_stochastic, doubly_stochastic_ex, sinkhorn
 
 D = torch.float64
 INF = torch.inf
@@ -210,7 +210,24 @@ def test_units_do_not_matter():
     expected = doubly_stochastic(A, 0.2)
     for unit in (1e-9, 1e9):
         torch.testing.assert_close(doubly_stochastic(A * unit, 0.2 * unit), expected, rtol=0, atol=1e-9)
-    torch.testing.assert_close(doubly_stochastic(A + 1e3, 0.2), expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(doubly_stochastic(A + 1e3, 0.2), expected, rtol=0, atol=1e-12)
+    single = doubly_stochastic_ex(A.float() + 1e3, 0.2)  # the affinity itself has an error of 3e-5
+    assert int(single.status) == Status.CONVERGED
+    torch.testing.assert_close(single.value.plan.double(), expected, rtol=0, atol=1e-4)
+    p = doubly_stochastic_ex(A + 1e3, 0.2).value.f
+    torch.testing.assert_close(p, doubly_stochastic_ex(A, 0.2).value.f - 500, rtol=0, atol=1e-9)
+    assert int(doubly_stochastic_ex(A + 1e3, 0.2, warm_start=Coupling(expected, p, p)).steps) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("far", [-1e6, -1e15, -1e30])
+def test_far_affinities_are_as_good_as_forbidden(dtype, far):
+    A = affinity(6, 13).to(dtype)
+    some = torch.eye(6, dtype=torch.bool)
+    found = doubly_stochastic_ex(A.masked_fill(some, far), 0.3)
+    assert int(found.status) == Status.CONVERGED
+    expected = doubly_stochastic(A.masked_fill(some, -INF), 0.3)
+    torch.testing.assert_close(found.value.plan, expected, rtol=0, atol=1e-9 if dtype == D else 1e-4)
 
 
 def test_wrong_options():

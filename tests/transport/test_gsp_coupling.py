@@ -177,6 +177,8 @@ def test_batch_dimensions_of_all_arguments_broadcast():
         ({"ratio": float("nan")}, "ratio: expected more than 0, got nan"),
         ({"ratio": torch.tensor([0.5, 2.0], dtype=D)}, "ratio: expected at most 1, got 0.5 to 2"),
         ({"ratio": torch.tensor(0.5)}, "ratio: expected dtype torch.float64 as of cost"),
+        ({"ratio": None}, "ratio: expected a number or a tensor, got None"),
+        ({"gamma": None}, "gamma: expected a number or a tensor, got None"),
         ({"ratio": "half"}, "ratio: expected a number or a tensor, got str"),
         ({"gamma": -1.0}, "gamma: expected more than 0, got -1"),
         ({"gamma": float("inf")}, "gamma: expected a finite number, got inf"),

@@ -262,10 +262,42 @@ def test_attributes_that_tell_classes_apart_lose_less():
         ({"labels": torch.tensor([0, 1])}, "labels: expected 4 in the last dimension"),
         ({"attributes": torch.ones(1, 2)}, "attributes: expected at least 2 rows and 1 column"),
         ({"class_embeddings": torch.ones(3, 2, dtype=D)}, "class_embeddings: expected dtype torch.float32"),
-        ({"ridge": 0.0}, "ridge: expected more than 0, got 0"),
+        ({"class_embeddings": torch.ones(0, 2)}, "class_embeddings: expected at least 1 row"),
+        ({"ridge": 0.0}, "ridge: expected a finite number above 0, got 0"),
+        ({"ridge": float("inf")}, "ridge: expected a finite number above 0, got inf"),
+        ({"scale": "9.5"}, "scale: expected a finite number, got '9.5'"),
     ],
 )
 def test_wrong_input_of_the_loss_is_refused(change, message):
     arguments = {"attributes": torch.ones(4, 2), "labels": torch.zeros(4).long(), "class_embeddings": torch.ones(3, 2)}
     with pytest.raises(ValueError, match=message):
         zero_shot_loss(**(arguments | change))
+
+
+def test_a_bad_element_reaches_nothing_that_is_shared():
+    """Where the loss leaves it out, prototypes, learned numbers, costs and embeddings get what they get without it."""
+    pool = pool_of(3, 4, 0.4, 5.0, learnable=True)
+    shared = tuple(pool.parameters())
+    x = torch.randn(3, 6, 3, generator=torch.Generator().manual_seed(0), dtype=D)
+    bad = x.clone()
+    bad[1, 2, 0] = float("nan")
+
+    def gradients(x: Tensor) -> tuple[Tensor, ...]:
+        found = pool.detailed(x)
+        total = sum(t[[0, 2]].square().sum() for t in found)
+        return torch.autograd.grad(total, shared)
+
+    assert bool(torch.isnan(pool(bad)[1]).all()) and torch.equal(pool(bad)[[0, 2]], pool(x)[[0, 2]])
+    for got, expected in zip(gradients(bad), gradients(x), strict=True):
+        assert torch.equal(got, expected)
+    ratio, cost = torch.tensor(0.3, dtype=D, requires_grad=True), x.abs()
+    slopes = [
+        torch.autograd.grad(gsp_coupling(c, ratio, 5.0).plan[[0, 2]].square().sum(), ratio)[0]
+        for c in (bad.abs(), cost)
+    ]
+    assert torch.equal(*slopes)
+    classes, labels = torch.eye(3, dtype=D).requires_grad_(), torch.arange(6) % 3
+    losses = [zero_shot_loss(t, labels, classes) for t in (bad, x)]
+    assert bool(torch.isnan(losses[0][1]))
+    slopes = [torch.autograd.grad(loss[[0, 2]].sum(), classes)[0] for loss in losses]
+    assert torch.equal(*slopes)

@@ -11,10 +11,11 @@ import torch
 from scipy.optimize import root
 from torch import Tensor
 
-from difflayers import SolveWarning, Status
+from difflayers import SolveError, SolveWarning, Status
 from difflayers.linalg import GMRES, LU
 from difflayers.transport import (
     BoundOptimizer,
+    SymmetricNewton,
     laplacian_clustering,
     laplacian_clustering_ex,
     transductive_clustering,
@@ -183,6 +184,24 @@ def test_status_of_every_element(layer):
     assert torch.isnan(Y).all(-1).all(-1).tolist() == [False, True, False]
 
 
+def test_points_that_no_class_allows_are_infeasible():
+    unary, W = problem(seed=12, batch=(2,))
+    unary[1, 3] = torch.inf
+    found = laplacian_clustering_ex(unary, W, 0.5)
+    assert found.status.tolist() == [Status.CONVERGED, Status.INFEASIBLE]
+    with pytest.raises(SolveError, match="INFEASIBLE"):
+        laplacian_clustering(unary, W, 0.5)
+
+
+@pytest.mark.parametrize("lam", [1e3, -1e3])
+def test_rounding_of_large_logits_is_not_waited_for(lam):
+    unary, W = (t.float() for t in problem(seed=13))
+    found = laplacian_clustering_ex(unary, W - 0.5, lam)
+    assert int(found.status) == Status.CONVERGED
+    assert int(found.steps) < 1000
+    assert float(found.residual) < 2e-3
+
+
 def tasks(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     centres = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 2.0]], dtype=D)
@@ -224,6 +243,9 @@ def test_wrong_arguments():
         (lambda: laplacian_clustering(unary[:, :0], W, 1.0), "unary: expected at least one class"),
         (lambda: laplacian_clustering(unary, W * torch.nan, 1.0), "affinity: expected finite"),
         (lambda: transductive_clustering(unary, unary[:0], unary[:0], W, 1.0), "labels: expected at least one class"),
+        (lambda: transductive_clustering(unary, unary, -unary.abs(), W, 1.0), "labels: expected weights of at least 0"),
+        (lambda: laplacian_clustering(unary, W, 1.0, solver=SymmetricNewton()), r"solver: expected BoundOptimizer\(\)"),
+        (lambda: laplacian_clustering(unary, W, 1.0, adjoint="LU"), r"adjoint: expected LU\(\)"),
         (lambda: BoundOptimizer(rtol=-1), "rtol: expected"),
         (lambda: BoundOptimizer(max_steps=0), "max_steps: expected"),
     ):

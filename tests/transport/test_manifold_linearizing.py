@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from difflayers.transport import ManifoldLinearizing, doubly_stochastic, rate_reduction
+from difflayers.transport import Cosine, Euclidean, ManifoldLinearizing, doubly_stochastic, rate_reduction
 
 D = torch.float64
 
@@ -138,3 +138,26 @@ def test_module():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_units_do_not_matter():
+    Z, shares = data(5, 3, 4, 7)
+    expected = rate_reduction(Z, shares)
+    for unit in (1e-20, 1e-9, 1e9):
+        found = rate_reduction((Z * unit).float(), shares.float(), distortion=0.5 * unit)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_nan_is_not_taken_for_a_point_at_the_origin():
+    Z, _ = data(5, 3, 4, 8, (2,))
+    holes = Z.clone()
+    holes[1, 2, 0] = math.nan
+    layer = ManifoldLinearizing(gamma=0.2, on_failure="nan")
+    for features, clustering in ((holes, Z), (Z, holes)):
+        loss = layer(features, clustering)
+        assert torch.isnan(loss).tolist() == [False, True]
+        torch.testing.assert_close(loss[0], layer(Z, Z)[0], rtol=0, atol=0)
+    for cost in (Cosine(), Euclidean()):
+        assert bool(torch.isnan(cost(holes[1], Z[1])[2]).all())
+    with pytest.raises(ValueError, match="solver: expected SymmetricNewton"):
+        ManifoldLinearizing(gamma=0.2, solver=3)

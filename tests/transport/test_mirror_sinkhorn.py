@@ -188,6 +188,10 @@ def test_zero_masses_and_forbidden_entries():
     assert off(entropic, a, b) < 1e-15
     nothing = mirror_sinkhorn(lambda P, t: C, a * 0, b * 0, steps=5, step_size=1.0)
     assert bool((nothing == 0).all())
+    # in a full polytope rounding may put a little where it is forbidden
+    a, b = unit(4, seed=3), unit(3, seed=4)
+    found = mirror_sinkhorn_ex(lambda P, t: forbidden, a, b, steps=200, step_size=10.0)
+    assert 0 <= found.value[0, 0] <= found.residual
 
 
 def test_failures():
@@ -310,6 +314,10 @@ def run(gradient=lambda P, t: P, a=HALF, b=HALF, **options):
         (lambda: run(steps=2.5), "steps: expected an integer"),
         (lambda: run(step_size=0.0), "step_size: expected a finite number above 0"),
         (lambda: run(step_size="1"), "step_size: expected a finite number above 0"),
+        (lambda: run(step_size=torch.tensor(-1.0, dtype=D)), "step_size: expected more than 0, got -1"),
+        (lambda: run(step_size=torch.tensor([1.0, torch.nan], dtype=D)), "step_size: expected finite numbers"),
+        (lambda: run(step_size=lambda t: None), "step_size: expected a function that returns numbers"),
+        (lambda: run(lambda P, t: rand(2, 2, 2), step_size=torch.ones(3)), "step_size: expected batch dimensions"),
         (lambda: run(averaging=-1.0), "averaging: expected a finite number of at least 0"),
         (lambda: run(on_failure="what"), "on_failure: expected"),
         (lambda: run(a=HALF * 2), "a, b: expected equal totals"),

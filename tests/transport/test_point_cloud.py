@@ -6,6 +6,8 @@ check against conic solvers; for values POT. Memory is what torch's allocator co
 """
 
 import dataclasses
+import subprocess
+import sys
 
 import ot
 import pytest
@@ -453,3 +455,52 @@ def test_memory_does_not_hold_a_matrix(monkeypatch):
     assert max(saved) <= 2 * n
     dense = peak(lambda: SquaredEuclidean()(inputs["x"].detach(), inputs["y"].detach()))
     assert dense > 5e6  # the measure sees it
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float64, 1e8), (torch.float32, 1e4)])
+def test_an_outlier_out_of_reach_hides_no_error_and_spoils_no_gradient(dtype, far):
+    """A penalty leaves it where it is; plan and derivatives of the others are those without it."""
+    x, y = rand(7, 2).to(dtype), rand(5, 2, seed=1).to(dtype)
+    a, b = x.new_full((8,), 1 / 8), y.new_full((5,), 1 / 5)
+    tol = 1e-8 if dtype == torch.float64 else 1e-4
+    for distance in (30.0, far):
+        points = torch.cat([x, x[:1] + distance]).requires_grad_()
+        near = x.clone().requires_grad_()
+        options = {"eps": 0.5, "rho_a": 1.0, "rho_b": 1.0}
+        found = sinkhorn_ex(PointCloud(points, y), a, b, **options)
+        plain = sinkhorn_ex(PointCloud(near, y), a[:7], b, **options)
+        assert bool(found.converged) and float(found.residual) < 100 * tol
+        results = []
+        for solution, given in ((found, points), (plain, near)):
+            moved = solution.value.apply(y)[:7]
+            first = torch.autograd.grad(moved.square().sum(), given, create_graph=True)[0]
+            results.append((moved, first, torch.autograd.grad(first.square().sum(), given)[0]))
+        for got, expected in zip(*results, strict=True):
+            torch.testing.assert_close(got[:7], expected[:7], rtol=10 * tol, atol=tol)
+        assert bool(torch.isfinite(torch.cat([results[0][1], results[0][2]])).all())
+
+
+def test_one_penalised_side_needs_few_steps():
+    """Totals differ, and the penalty is strong: a constant moves between the potentials."""
+    x, y = rand(6, 2), rand(5, 2, seed=1)
+    a, b = torch.full((6,), 1 / 6, dtype=D), torch.full((5,), 0.3, dtype=D)
+    found = sinkhorn_ex(PointCloud(x, y), a, b, eps=1.0, rho_b=1e4)
+    assert bool(found.converged) and int(found.steps) < 200
+
+
+def test_the_process_grows_by_less_than_a_matrix():
+    """What stays is allocated before what comes and goes, so that no holes are left between blocks."""
+    code = """
+import resource, torch
+from difflayers.transport import PointCloud, sinkhorn_value
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.set_num_threads(1)
+draw = lambda n: torch.randn(n, 3, generator=torch.Generator().manual_seed(n)).requires_grad_()
+x = draw(300)
+sinkhorn_value(PointCloud(x, draw(301)), eps=20.0).backward()
+before, x = peak(), draw(8000)
+sinkhorn_value(PointCloud(x, draw(8001)), eps=20.0).backward()
+print(peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 0.25 * 4 * 8000 * 8001

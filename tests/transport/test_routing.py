@@ -158,6 +158,107 @@ def test_first_batch_counts_in_full():
     assert torch.equal(router.eval()(logits).experts, trained.experts)
 
 
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(256, 8, 2), (64, 8, 3), (512, 16, 4)])
+def test_all_choices_together_are_balanced(tokens: int, experts: int, top_k: int):
+    logits = skewed(22, tokens, experts, 3.0)
+    by_logits = logits.topk(top_k, -1).indices.flatten().bincount(minlength=experts)
+    assert by_logits.max() > 2 * tokens * top_k / experts
+    routing = sinkhorn_routing(logits, eps=0.05, top_k=top_k)
+    assert float(routing.imbalance) < 0.1
+    assert all(len(set(row)) == top_k for row in routing.experts.tolist())
+    router = SinkhornRouter(experts, top_k=top_k, eps=0.05, plan_weights=True).double()
+    trained = router(logits)
+    assert torch.equal(trained.experts, routing.experts)
+    found = router.eval()(logits)  # by the bias of the first batch, which counts in full
+    assert torch.equal(found.experts, trained.experts)
+    torch.testing.assert_close(found.weights, trained.weights, atol=1e-8, rtol=0)
+
+
+def test_a_second_plan_by_linear_programming():
+    """For a small eps: of all second choices, those of the largest logits with the loads that are left to have."""
+    from scipy.optimize import linprog
+
+    T, E = 24, 4
+    logits = skewed(23, T, E)
+    routing = sinkhorn_routing(logits, eps=0.01, top_k=2, plan_weights=True)
+    first = routing.experts[:, 0]
+    forbidden = torch.nn.functional.one_hot(first, E).bool()
+    rows, columns = np.kron(np.eye(T), np.ones(E)), np.kron(np.ones(T), np.eye(E))
+    sums = np.r_[np.ones(T), 2 * T / E - first.bincount(minlength=E).numpy()]
+    cost = torch.where(forbidden, 1e3, -logits).numpy().ravel()
+    best = linprog(cost, A_eq=np.r_[rows, columns], b_eq=sums, bounds=(0, 1)).x.reshape(T, E)
+    assert routing.experts[:, 1].tolist() == best.argmax(-1).tolist()
+    assert routing.load.tolist() == [2 * T // E] * E
+
+
+def test_later_choices_make_up_for_earlier_ones():
+    """A large eps leaves the first loads off, by 0.09 to 0.28; plans with the same sums keep a part of it."""
+    imbalances = [sinkhorn_routing(skewed(seed, 256, 8, 3.0), eps=0.5, top_k=3).imbalance for seed in (29, 30, 31)]
+    assert sum(map(float, imbalances)) / 3 < 0.1
+
+
+def test_weights_of_further_plans_are_of_what_is_left():
+    logits = skewed(24, 12, 4)
+    weights, experts, _ = sinkhorn_routing(logits, eps=1.0, top_k=4, plan_weights=True)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(12, dtype=torch.float64))
+    assert experts.sort(-1).values.tolist() == [[0, 1, 2, 3]] * 12
+    torch.testing.assert_close(weights[:, 0], sinkhorn_routing(logits, eps=1.0, plan_weights=True).weights[:, 0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_whatever_shares_are_asked_for_there_are_further_plans():
+    generator = torch.Generator().manual_seed(25)
+    for trial in range(40):
+        E, T = (int(torch.randint(low, high, (), generator=generator)) for low, high in ((2, 7), (1, 20)))
+        top_k = int(torch.randint(1, E + 1, (), generator=generator))
+        shares = torch.rand(E, generator=generator, dtype=torch.float64) ** (trial % 5) + 1e-9
+        shares[0] *= trial % 3
+        routing = sinkhorn_routing(skewed(trial, T, E, 4.0), None, shares, eps=0.1, top_k=top_k, plan_weights=True)
+        assert all(len(set(row)) == top_k for row in routing.experts.tolist())
+        assert routing.weights.min() >= -1e-9
+        assert routing.weights.sum(-1).max() <= 1 + 1e-6
+    much = torch.tensor([0.8, 0.1, 0.1, 0.0], dtype=torch.float64)  # more than all tokens at two choices
+    load = sinkhorn_routing(skewed(26, 100, 4), None, much, eps=0.05, top_k=2).load
+    assert load[0] >= 97
+    assert load[3] == 0
+
+
+def test_the_same_logits_under_several_shares():
+    logits = skewed(28, 12, 4)
+    shares = torch.tensor([[1.0, 1, 1, 1], [4, 2, 1, 1]], dtype=torch.float64)
+    for plan_weights in (False, True):
+        options = {"top_k": 2, "eps": 0.3, "plan_weights": plan_weights}
+        found = sinkhorn_routing(logits, None, shares, **options)
+        router = SinkhornRouter(4, **options).double().eval()
+        moved = router(logits, None, shares)
+        for i in range(2):
+            alone = sinkhorn_routing(logits, None, shares[i], **options)
+            assert torch.equal(found.experts[i], alone.experts)
+            torch.testing.assert_close(found.weights[i], alone.weights)
+            assert torch.equal(moved.experts[i], router(logits, None, shares[i]).experts)
+
+
+def test_tokens_with_fewer_open_experts_than_choices():
+    logits = skewed(27, 20, 4)
+    logits[:3, 1:] = -torch.inf
+    logits[3:6, 2:] = -torch.inf
+    for plan_weights in (False, True):
+        x = logits.clone().requires_grad_()
+        weights, experts, load = sinkhorn_routing(x, top_k=2, plan_weights=plan_weights)
+        assert experts[:3, 0].tolist() == [0, 0, 0]
+        assert weights[:3, 1].abs().max() == 0
+        assert experts[3:6].sort(-1).values.tolist() == [[0, 1]] * 3
+        assert load.sum() == 40
+        weights.square().sum().backward()
+        assert torch.isfinite(x.grad).all()
+
+
+def test_many_tokens_in_half_precision():
+    """Their number is above the largest of the dtype."""
+    weights = sinkhorn_routing(torch.zeros(70_000, 2, dtype=torch.float16), plan_weights=True).weights
+    assert torch.equal(weights, torch.full_like(weights, 0.5))
+
+
 # ------------------------------------------------------------------------------------------------- loss-free balancer
 
 
@@ -291,7 +392,13 @@ def test_bad_input():
         "gates": lambda: AuxLossFreeBalancer(4)(x),
         "load": lambda: AuxLossFreeBalancer(3).update(torch.ones(4)),
     }
-    for name, call in calls.items():
+    others = {
+        "experts": lambda: SinkhornRouter(2.5),
+        "top_k": lambda: sinkhorn_routing(x, top_k=1.5),
+        "momentum": lambda: SinkhornRouter(3, momentum="all"),
+        "load": lambda: AuxLossFreeBalancer(3).update([1, 2, 3]),
+    }
+    for name, call in (*calls.items(), *others.items()):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             call()
     with pytest.raises(ValueError, match=r"mask: expected shape \(4,\)"):

@@ -273,11 +273,26 @@ def test_bad_sources_are_refused():
     for message, options in (("soft", {"soft": True}), ("eps", {"eps": 0.0}), ("prior", {"prior": -torch.ones(4)})):
         with pytest.raises(ValueError, match=f"{message}: expected"):
             self_label(chunks(x), **options)
+    for eps in (None, "0.1"):
+        for source in (x, chunks(x)):
+            with pytest.raises(ValueError, match="eps: expected a number or a tensor"):
+                self_label(source, eps=eps)
     with pytest.raises(ValueError, match="solver: expected SemiDualNewton"):
         self_label(chunks(x), solver=difflayers.transport.LogSinkhorn())
     for options in ({"rtol": -1.0}, {"max_steps": 0}, {"chunk_rows": 0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             SemiDualNewton(**options)
+
+
+def test_eps_of_every_head_in_any_number_of_dimensions():
+    heads = torch.stack([log_probs(seed, 30, 3) for seed in range(4)]).reshape(2, 2, 30, 3)
+    eps = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=heads.dtype)
+    streamed = self_label_ex(lambda: heads.split(7, -2), eps=eps).value
+    dense = self_label_ex(heads, eps=eps).value
+    assert torch.equal(streamed.labels, dense.labels)
+    for one, other in zip(streamed.state.heads, dense.state.heads, strict=True):
+        assert one.eps == other.eps
+        torch.testing.assert_close(one.potential - one.potential[0], other.potential - other.potential[0])
 
 
 # --------------------------------------------------------------------------------------------------------- derivatives

@@ -207,7 +207,7 @@ def test_states_of_tokens():
 def test_one_bad_batch_is_nan_alone():
     student, teacher = rand(3, 4, 5), rand(3, 4, 5, seed=1)
     student[1, 2, 0] = torch.nan
-    with pytest.raises(ValueError, match="student, teacher: expected finite numbers"):
+    with pytest.raises(ValueError, match="student_logits, teacher_logits: expected finite numbers"):
         SinkhornDistillation()(student, teacher)
     value = SinkhornDistillation(reduction="none", on_failure="nan")(student, teacher)
     assert torch.isnan(value).tolist() == [False, True, False]
@@ -244,6 +244,12 @@ def test_module():
         (lambda: SinkhornDistillation()(rand(4, 3), rand(4, 3), torch.ones(3).bool()), r"mask: expected shape \(4,\)"),
         (lambda: SinkhornDistillation().states(rand(4, 3), rand(3, 3)), r"teacher: expected shape \(4, 3\)"),
         (lambda: sinkhorn_distillation(rand(4, 3), rand(4, 2)), "teacher: expected shape"),
+        (lambda: SinkhornDistillation()(rand(0, 3), rand(0, 3)), "student_logits, teacher_logits: expected at least"),
+        (
+            lambda: SinkhornDistillation()(rand(2, 3) * torch.nan, rand(2, 3)),
+            "student_logits, teacher_logits: expected",
+        ),
+        (lambda: sinkhorn_distillation(rand(0, 3), rand(0, 3)), "student, teacher: expected at least one"),
         (lambda: sinkhorn_distillation(rand(4, 3), rand(4, 3), cost="l1"), "cost: expected"),
         (lambda: sinkhorn_distillation(rand(4, 3), rand(4, 3), eps=0.0), "eps: expected a number above 0"),
     ],

@@ -7,6 +7,8 @@ in all to rounding, where Sinkhorn's iteration needs more than 10,000; a cut to 
 """
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -331,3 +333,13 @@ def test_no_sinkhorn_steps_at_all():
     cost = uniform(50, seed=9)
     plan = sinkhorn(cost, eps=0.02, solver=SparseNewton(sinkhorn_steps=0, fallback=False))
     torch.testing.assert_close(plan, sinkhorn(cost, eps=0.02), rtol=0, atol=1e-10)
+
+
+def test_warnings_of_torch_are_taken_once():
+    """In a process of its own: torch gives them once."""
+    code = (
+        "import warnings; warnings.simplefilter('error'); import torch; from difflayers.transport import *\n"
+        "cost = torch.rand(200, 200, dtype=torch.float64)\n"
+        "for _ in range(2): assert int(sinkhorn_ex(cost, eps=1e-3, solver=SparseNewton()).status) == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -65,7 +65,17 @@ def _plan_weights(**options: Any) -> Callable[..., Tensor]:
 
 
 def _plan_weights_oracle(logits: np.ndarray, shares: np.ndarray, eps: np.ndarray) -> np.ndarray:
-    return -np.sort(-_soft_oracle(logits, shares, eps), -1)[:, :2]
+    """The second plan has what experts lack of twice their shares, and no entry that was chosen before."""
+    rows, wanted = np.arange(len(logits)), shares / shares.sum()
+    first = _soft_oracle(logits, shares, eps)
+    taken = first.argmax(-1)
+    lack = np.maximum(2 * wanted - np.bincount(taken, minlength=len(shares)) / len(logits), 0)
+    cost = -logits.astype(np.float64)
+    cost[rows, taken] = np.inf
+    cost[:, lack == 0] = 0  # nothing comes there
+    second = len(logits) * _plan(cost, np.full(len(logits), 1 / len(logits)), lack / lack.sum(), eps)
+    weight = first[rows, taken]
+    return np.stack([weight, (1 - weight) * second.max(-1)], -1)
 
 
 def _gates_oracle(logits: np.ndarray) -> np.ndarray:
