@@ -1,0 +1,74 @@
+"""What training a convex ReLU network returns, and its predictions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from difflayers._checks import check_tensor
+from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast
+
+from ._gates import Gates
+
+
+class ConvexReLUSolution(NamedTuple):
+    """A trained two-layer network in convex form.
+
+    Attributes:
+        v: ``(*batch, P, d)`` neurons, one a gate; exactly zero where a neuron is not active.
+        w: Neurons with negative output weight, of the same shape; None for a gated network, which needs none.
+        objective: ``(*batch)`` value of the objective.
+        gap: ``(*batch)`` how far the objective may lie above the optimum over these gates: a certificate by duality.
+        gates: The :class:`Gates`, their patterns those of the data the network was trained on.
+        margin: ``(*batch)`` how far the inactive neurons are from becoming active: the least ``1 - ||q_i|| / beta``,
+            with q_i the slope of the loss in neuron i. Near zero the derivative is about to jump, or the network is not
+            unique. None where it is not known.
+    """
+
+    v: Tensor
+    w: Tensor | None
+    objective: Tensor
+    gap: Tensor
+    gates: Gates
+    margin: Tensor | None = None
+
+
+def predict(solution: ConvexReLUSolution, X: Tensor) -> Tensor:
+    """The predictions of a trained network.
+
+    Computes ``sum_i 1[x^T g_i >= 0] x^T v_i`` for a gated network, ``sum_i (x^T v_i)_+ - (x^T w_i)_+`` for a ReLU one.
+
+    Args:
+        solution: Of :func:`convex_gated_relu`.
+        X: ``(*batch, m, d)`` points, with the bias column if the training data had one.
+
+    Returns:
+        ``(*batch, m)`` predictions.
+
+    Raises:
+        ValueError: For a wrong shape or dtype.
+
+    Differentiable in the neurons of the solution, so in the training set, and in `X`, to any order; the gates are
+    constant.
+
+    Example:
+        >>> import torch
+        >>> from difflayers.relu import convex_gated_relu, enumerate_gates, predict
+        >>> X, y = torch.tensor([[-1.0], [1.0], [2.0]]), torch.tensor([1.0, 1.0, 2.0])
+        >>> network = convex_gated_relu(X, y, 0.01, enumerate_gates(X))
+        >>> predict(network, torch.tensor([[-3.0], [3.0]])).round(decimals=2)
+        tensor([2.9700, 2.9900])
+
+    Source: A. Mishkin, A. Sahiner, M. Pilanci, Fast Convex Optimization for Two-Layer ReLU Networks, 2022, section 2.
+    """
+    v, w = solution.v, solution.w
+    X = lifted_under_autocast(check_tensor("X", X, min_ndim=2))
+    if X.shape[-1] != v.shape[-1]:
+        raise ValueError(f"X: expected {v.shape[-1]} columns as the network has inputs, got shape {tuple(X.shape)}")
+    with autocast_off(X):
+        if w is not None:
+            return (X @ v.mT).relu().sum(-1) - (X @ w.mT).relu().sum(-1)
+        open_gates = X.detach() @ solution.gates.vectors.mT >= 0
+        return torch.where(open_gates, X @ v.mT, 0).sum(-1)
