@@ -127,6 +127,7 @@ def _states_case(name: str, distance: Callable[..., np.ndarray], **options: Any)
             Wrong("width", (STATES[..., :1], *masses), r"teacher: expected shape \(1,\) in its last dimension"),
             Wrong("masses", (STATES, A[:, 1:], B, EPS), r"a: expected shape \(2,\) as cost has rows"),
         ),
+        representative=name == "sinkhorn_distillation",  # Manhattan has its own
         exact_bits=False,
         exempt={"autocast_of_backward": "the products of the cost are plain torch, which autocast halves in backward"},
     )
@@ -181,6 +182,7 @@ CASES: tuple[LayerCase, ...] = (
             Wrong("dimensions", (STATES, TARGET[:, :1]), r"y: expected shape \(2,\) in its last dimension as x has"),
         ),
         half=False,
+        representative=True,
     ),
     LayerCase(
         "SinkhornDistillation",
