@@ -10,6 +10,7 @@ from torch import Tensor
 
 from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import OnFailure
+from difflayers.proximal._operands import check_that, shown
 
 from ._sinkhorn_problem import ARGS, NDIMS, plan_of
 
@@ -107,6 +108,13 @@ def _number(name: str, value: Any, cost: Tensor) -> Tensor:
     if not value > 0:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
     return cost.new_full((), value)
+
+
+def of_total_one(name: str, masses: Tensor) -> Tensor:
+    """Masses scaled to sum to one; a negative total keeps its sign, and is refused by the plan."""
+    total = masses.sum(-1, keepdim=True).abs()
+    check_that(total != 0, lambda: f"{name}: expected masses that are not all 0, got {shown(masses)}")
+    return masses / total
 
 
 def penalty_of_zero(mass: Tensor, soft: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from difflayers._checks import check_same, check_shape, check_tensor, renamed
 from difflayers._solution import Info, OnFailure, Solution, check_policy, settle
 from difflayers.linalg import LinearSolver
 
-from ._coupling import Coupling
+from ._coupling import Coupling, of_total_one
 from ._label_chunks import Chunk, matrices
 from ._self_label_stream import SelfLabelState, SemiDualNewton, stream, stream_labels
 from ._sinkhorn import sinkhorn, sinkhorn_ex
@@ -193,6 +193,8 @@ def _streams(log_probs: Any, solver: Solver | None, state: SelfLabelState | None
     if isinstance(solver, SemiDualNewton) or state is not None:
         return True
     heads = log_probs if isinstance(log_probs, list | tuple) else [log_probs]
+    if not heads:
+        raise ValueError("log_probs: expected at least one head, got an empty list")
     return not all(isinstance(head, Tensor) for head in heads)
 
 
@@ -251,7 +253,7 @@ def _masses(prior: Any, log_probs: Tensor) -> Tensor:
     check_shape("prior", check_tensor("prior", prior, min_ndim=1).shape[-1:], (K,), " as log_probs has clusters")
     if prior.device != log_probs.device:
         raise ValueError(f"prior: expected device {log_probs.device} as of log_probs, got {prior.device}")
-    return prior / prior.sum(-1, keepdim=True).abs()  # a negative total keeps its sign, and is refused
+    return of_total_one("prior", prior)
 
 
 def _no_labels(cost: Tensor, soft: bool) -> Tensor:

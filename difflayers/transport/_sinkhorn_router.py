@@ -24,7 +24,7 @@ from difflayers._solution import OnFailure, check_policy
 from difflayers.implicit import solution_map
 from difflayers.linalg import LinearSolver
 
-from ._coupling import centred, plan_unless_failed, prepare
+from ._coupling import centred, of_total_one, plan_unless_failed, prepare
 from ._routing import Routing, check_gates, check_top_k, choose, routing_of
 from ._sinkhorn_solve import problem_for
 from ._solvers import TransportSolver
@@ -202,8 +202,7 @@ def _masses(shares: Tensor | None, logits: Tensor) -> Tensor:
         return logits.new_full((E,), 1 / E, dtype=work)
     check_shape("shares", check_tensor("shares", shares, min_ndim=1).shape[-1:], (E,), " as logits has experts")
     check_same([("logits", logits), ("shares", shares)])
-    shares = shares.to(work)
-    return shares / shares.sum(-1, keepdim=True).abs()  # a negative total keeps its sign, and is refused
+    return of_total_one("shares", shares.to(work))
 
 
 def _for_all(logits: Tensor, b: Tensor, eps: Any) -> Tensor:

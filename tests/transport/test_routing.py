@@ -412,3 +412,8 @@ def test_failures_follow_the_policy():
     hopeless[:, 0] = 0.0  # all tokens are allowed to one expert alone
     with pytest.raises((difflayers.SolveError, ValueError)):
         sinkhorn_routing(hopeless)
+
+
+def test_masses_that_are_all_zero_are_named():
+    with pytest.raises(ValueError, match="shares: expected masses that are not all 0, got 0"):
+        sinkhorn_routing(torch.zeros(4, 2), shares=torch.zeros(2))

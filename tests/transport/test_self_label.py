@@ -318,3 +318,11 @@ def test_soft_labels_have_the_derivative_of_the_plan():
             expected[i, j] = (value(x.detach() + e) - value(x.detach() - e)) / (2 * step)
     torch.testing.assert_close(x.grad, expected, atol=1e-8, rtol=1e-6)
     assert not self_label(x).requires_grad
+
+
+def test_no_heads_and_no_masses_are_named():
+    for call in (self_label, self_label_ex):
+        with pytest.raises(ValueError, match="log_probs: expected at least one head, got an empty list"):
+            call([])
+        with pytest.raises(ValueError, match="prior: expected masses that are not all 0, got 0"):
+            call(torch.zeros(4, 2).log_softmax(-1), torch.zeros(2))
