@@ -18,6 +18,10 @@ of the size of A, both positive definite also where weights are zero:
 
 .. math:: (I + R T R)\,\tau - R \Phi \alpha = R b, \quad \Phi^T R \tau = \gamma, \quad
     q_i = \omega_i (I - h_i h_i^T)(g_i - Z_i^T R \tau) + h_i \alpha_i .
+
+Blocks that are held to subspaces, as ReLU neurons with kinks on points of the data are, have projections
+:math:`\Pi_i \perp h_i` on what they may not leave: H is restricted to the rest, where :math:`I - h_i h_i^T` becomes
+:math:`I - h_i h_i^T - \Pi_i`; so it does in T.
 """
 
 from __future__ import annotations
@@ -60,6 +64,7 @@ class Blocks(NamedTuple):
         omega: ``(*batch, a)`` norms over beta, 1 there.
         curvature: ``(*batch, n)`` of the weighted loss.
         used: ``(*batch, a)``.
+        held: ``(*batch, a, d, d)`` projections on directions in which blocks do not move; None if there are none.
     """
 
     X: Tensor
@@ -68,15 +73,25 @@ class Blocks(NamedTuple):
     omega: Tensor
     curvature: Tensor
     used: Tensor
+    held: Tensor | None = None
 
     @staticmethod
-    def of(X: Tensor, M: Tensor, u: Tensor, beta: Tensor, curvature: Tensor, index: Tensor, used: Tensor) -> Blocks:
+    def of(
+        X: Tensor,
+        M: Tensor,
+        u: Tensor,
+        beta: Tensor,
+        curvature: Tensor,
+        index: Tensor,
+        used: Tensor,
+        held: Tensor | None = None,
+    ) -> Blocks:
         """The blocks `index` of `u`."""
         h = take_along(u, index.unsqueeze(-1), -2)
         length = torch.where(used, torch.linalg.vector_norm(h, dim=-1), 1)
         h = torch.where(used.unsqueeze(-1), h / length.unsqueeze(-1), 0)
         M = take_along(M, index.unsqueeze(-2), -1) * used.unsqueeze(-2)
-        return Blocks(X, M, h, torch.where(used, length / beta.unsqueeze(-1), 1), curvature, used)
+        return Blocks(X, M, h, torch.where(used, length / beta.unsqueeze(-1), 1), curvature, used, held)
 
     @property
     def direct(self) -> bool:
@@ -92,19 +107,23 @@ class Blocks(NamedTuple):
         return (self.M * t.unsqueeze(-1)).mT @ self.X
 
     def across(self, q: Tensor) -> Tensor:
-        """``(I - h_i h_i^T) q_i``."""
-        return q - self.h * (self.h * q).sum(-1, keepdim=True)
+        """``(I - h_i h_i^T - Pi_i) q_i``."""
+        return self.free(q - self.h * (self.h * q).sum(-1, keepdim=True))
+
+    def free(self, q: Tensor) -> Tensor:
+        """``(I - Pi_i) q_i``."""
+        return q if self.held is None else q - (self.held @ q.unsqueeze(-1)).squeeze(-1)
 
     def times(self, q: Tensor) -> Tensor:
-        """``H q``."""
-        return self.pull(self.curvature * self.fit(q)) + self.across(q) / self.omega.unsqueeze(-1)
+        """``H q`` for any q, held or not."""
+        bends = q - self.h * (self.h * q).sum(-1, keepdim=True)
+        return self.pull(self.curvature * self.fit(q)) + bends / self.omega.unsqueeze(-1)
 
     def factorise(self, ridge: float = 0.0) -> Factors:
         """Both Cholesky factors; `ridge` is added along the directions ``h_i``, relative to what is there."""
         root = self.curvature.clamp_min(0).sqrt()
         if self.direct:
-            Z = (self.M * root.unsqueeze(-1)).unsqueeze(-1) * self.X.unsqueeze(-2)
-            Z = Z.flatten(-2)
+            Z = ((self.M * root.unsqueeze(-1)).unsqueeze(-1) * self._moves()).flatten(-2)
             H = Z.mT @ Z
             a, d = self.h.shape[-2:]
             eye = torch.eye(d, dtype=H.dtype, device=H.device)
@@ -123,6 +142,9 @@ class Blocks(NamedTuple):
         K = (A @ A.mT).mul_((self.M * omega) @ self.M.mT)
         W = root.unsqueeze(-1) * Phi
         K.sub_((W * omega) @ W.mT)
+        if self.held is not None:
+            still = (root.unsqueeze(-1) * self.M * omega.sqrt()).unsqueeze(-1) * (self.X.unsqueeze(-2) - self._moves())
+            K.sub_(still.flatten(-2) @ still.flatten(-2).mT)
         K.diagonal(dim1=-2, dim2=-1).add_(1)
         whole, info = torch.linalg.cholesky_ex(K)  # its pivots are at least 1
         scale, bad = torch.ones_like(root), info != 0
@@ -134,15 +156,21 @@ class Blocks(NamedTuple):
 
     def solve(self, factors: Factors, g: Tensor, *, refinements: int = 1) -> Tensor:
         """``H^-1 g`` for ``(*extra, *batch, a, d)``; zero stays zero where a place is not used."""
+        g = self.free(g)
         q = self._solve_once(factors, g)
         for _ in range(refinements):
-            q = q + self._solve_once(factors, g - self.times(q))
+            q = q + self._solve_once(factors, g - self.free(self.times(q)))
         return q
+
+    def _moves(self) -> Tensor:
+        """``(n, 1 or a, d)``: the rows ``x_k (I - Pi_i)``."""
+        X = self.X.unsqueeze(-2)
+        return X if self.held is None else X - (self.X.unsqueeze(-3) @ self.held).movedim(-3, -2)
 
     def _solve_once(self, factors: Factors, g: Tensor) -> Tensor:
         whole, scale, schur, schur_scale, _ = factors
         if self.direct:
-            return _solve(whole, scale, g.flatten(-2)).unflatten(-1, g.shape[-2:])
+            return self.free(_solve(whole, scale, g.flatten(-2)).unflatten(-1, g.shape[-2:]))
         root = self.curvature.clamp_min(0).sqrt()
         omega = torch.where(self.used, self.omega, 0).unsqueeze(-1)
         Phi = self.M * (self.X @ self.h.mT)

@@ -50,8 +50,10 @@ class ADMM:
             raise ValueError(f"penalty: expected a number above 0, got {self.penalty}")
 
     def solve(self, problem: ConeProblem, init: ConeSolution | None = None) -> ConeSolution:
-        """See :class:`._cone_problem.ConeSolver`."""
+        """A solution of every element, starting from `init`."""
         rtol = 1e-3 if self.rtol is None else self.rtol
+        if problem.loss.curved:
+            raise ValueError(f"solver: expected InteriorPoint() for another loss than Squared(), got {self!r}")
         unit, scales, zero = normalise(problem)
         loop = _Loop(unit, self.penalty)
         if init is not None:
@@ -77,7 +79,7 @@ class ADMM:
                     loop.balance()
             steps = steps + running
             loop.step()
-        return finish(problem, unit, scales, zero, p, rho, status, steps, rtol, problem.X.dtype)
+        return finish(problem, unit, scales, zero, p, rho, unit.slope(p), status, steps, rtol, problem.X.dtype)
 
 
 class _Loop:

@@ -1,6 +1,6 @@
 r"""The augmented Lagrangian method for networks that keep to their cells: accelerated proximal steps inside.
 
-Inner problems :math:`\min_p \tfrac12 \|F p - y\|_S^2 + \tfrac1{2 \delta} \|(\gamma - \delta K p)_+\|^2 + \beta \sum_i
+Inner problems :math:`\min_p \sum_k s_k\, l(f_k, y_k) + \tfrac1{2 \delta} \|(\gamma - \delta K p)_+\|^2 + \beta \sum_i
 \|p_i\|` by FISTA with an adaptive step and restarts; outer steps :math:`\gamma \leftarrow (\gamma - \delta K p)_+`.
 A. Mishkin, A. Sahiner, M. Pilanci, Fast Convex Optimization for Two-Layer ReLU Networks, 2022, section 4. Departure:
 the penalty doubles where the violation did not halve, without the window of the paper's code.
@@ -48,8 +48,10 @@ class AugmentedLagrangian:
             raise ValueError(f"penalty: expected a number above 0, got {self.penalty}")
 
     def solve(self, problem: ConeProblem, init: ConeSolution | None = None) -> ConeSolution:
-        """See :class:`._cone_problem.ConeSolver`."""
+        """A solution of every element, starting from `init`."""
         rtol = 1e-3 if self.rtol is None else self.rtol
+        if not problem.loss.smooth:
+            raise ValueError(f"solver: expected InteriorPoint() for a loss with kinks, {problem.loss!r}, got {self!r}")
         unit, scales, zero = normalise(problem)
         loop = _Loop(unit, self.penalty)
         if init is not None:
@@ -77,7 +79,7 @@ class AugmentedLagrangian:
                 inner = torch.where(outer, 0, inner)
             steps, inner = steps + running, inner + 1
             loop.step()
-        return finish(problem, unit, scales, zero, p, rho, status, steps, rtol, problem.X.dtype)
+        return finish(problem, unit, scales, zero, p, rho, unit.slope(p), status, steps, rtol, problem.X.dtype)
 
 
 class _Loop:
@@ -97,16 +99,17 @@ class _Loop:
 
     def _smooth(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Value of the smooth part, and what its gradient is made of."""
-        r, rho = self.problem.fit(p) - self.problem.y, self.multipliers(p)
-        return (self.problem.s * r * r).sum(-1) / 2 + (rho * rho).sum((-2, -1)) / (2 * self.delta), r, rho
+        problem, f, rho = self.problem, self.problem.fit(p), self.multipliers(p)
+        loss = (problem.s * problem.loss.value(f, problem.y)).sum(-1)
+        return loss + (rho * rho).sum((-2, -1)) / (2 * self.delta), problem.loss.slope(f, problem.y), rho
 
-    def _gradient(self, r: Tensor, rho: Tensor) -> Tensor:
-        return self.problem.fit_adjoint(self.problem.s * r) - self.problem.cones_adjoint(rho)
+    def _gradient(self, slope: Tensor, rho: Tensor) -> Tensor:
+        return self.problem.fit_adjoint(self.problem.s * slope) - self.problem.cones_adjoint(rho)
 
     def stationarity(self) -> Tensor:
         """The least norm of a subgradient, relative to beta."""
-        _, r, rho = self._smooth(self.p)
-        g, norm = self._gradient(r, rho), torch.linalg.vector_norm(self.p, dim=-1)
+        _, slope, rho = self._smooth(self.p)
+        g, norm = self._gradient(slope, rho), torch.linalg.vector_norm(self.p, dim=-1)
         beta = self.problem.beta[..., None]
         h = self.p / torch.where(norm > 0, norm, 1)[..., None]
         on = torch.linalg.vector_norm(g + beta[..., None] * h, dim=-1)
@@ -115,8 +118,8 @@ class _Loop:
 
     def step(self) -> None:
         """One proximal step; where the step proves too long it is shortened, and nothing else happens."""
-        value, r, rho = self._smooth(self.ahead)
-        g = self._gradient(r, rho)
+        value, slope, rho = self._smooth(self.ahead)
+        g = self._gradient(slope, rho)
         eta = self.eta[..., None, None]
         moved = self.ahead - eta * g
         norm = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)

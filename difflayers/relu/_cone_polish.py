@@ -2,9 +2,10 @@ r"""Newton's method on the active set: the last digits of neurons and multiplier
 
 With the zero blocks and the kinks :math:`\mathcal T = \{(i, k): x_k^T p_i = 0\}` fixed, neurons move within the null
 spaces of their kinks. In orthonormal bases :math:`N_i` of those, stationarity :math:`N_i^T (\beta h_i - \sigma_i Z_i^T
-S (y - F p)) = 0` has few unknowns, in minimal networks no more than points, and the Newton matrix :math:`N^T (F^T S F +
-\beta\, \mathrm{blkdiag}((I - h_i h_i^T) / \|p_i\|)) N`; a damping along the neurons keeps it regular where the network
-is not minimal. A. Mishkin, M. Pilanci, Optimal Sets and Solution Paths of ReLU Networks, 2023, section 3.
+\nu) = 0`, :math:`\nu = -S\, l'(F p)`, has few unknowns, in minimal networks no more than points, and the Newton matrix
+:math:`N^T (F^T S\, l'' F + \beta\, \mathrm{blkdiag}((I - h_i h_i^T) / \|p_i\|)) N`; a damping along the neurons keeps
+it regular where the network is not minimal. A. Mishkin, M. Pilanci, Optimal Sets and Solution Paths of ReLU Networks,
+2023, section 3.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _round(
     q = basis.project(p)
     for _ in range(_STEPS):
         q = basis.step(q)
-    gradient = unit.beta[..., None, None] * _direction(q) - unit.fit_adjoint(unit.s * (unit.y - unit.fit(q)))
+    gradient = unit.beta[..., None, None] * _direction(q) + unit.fit_adjoint(unit.s * unit.slope(q))
     rest = torch.where(active, gradient - unit.cones_adjoint(rho), 0)
     change = unit.side * ((pseudo @ rest[..., None]).squeeze(-1) @ rows.mT) * marked / length
     return q, rho + change
@@ -92,9 +93,13 @@ class _Basis:
         self.block = index // max(d, 1)  # (*B, r)
         self.b = vectors.mT.flatten(-3, -2).gather(-2, _wide(index, d)) * self.real[..., None].to(vectors.dtype)
         gates = unit.signed_gate.gather(-2, _wide(self.block, unit.X.shape[-2]))
-        R = unit.s.sqrt()[..., None, :] * gates * (self.b @ unit.X.mT)  # (*B, r, n)
-        self.gram = R @ R.mT
+        self.fits = gates * (self.b @ unit.X.mT)  # (*B, r, n)
+        self.gram = None if unit.loss.curved else self._weighted(unit.s)
         self.same = self.block[..., :, None] == self.block[..., None, :]
+
+    def _weighted(self, weight: Tensor) -> Tensor:
+        R = self.fits * weight.sqrt()[..., None, :]
+        return R @ R.mT
 
     def inner(self, p: Tensor) -> Tensor:
         """Coordinates, ``(*B, r)``."""
@@ -113,12 +118,14 @@ class _Basis:
         """One Newton step; none where it is not finite."""
         unit, beta = self.unit, self.unit.beta[..., None]
         h = _direction(p)
-        gradient = self.inner(beta[..., None] * h - unit.fit_adjoint(unit.s * (unit.y - unit.fit(p))))
+        f = unit.fit(p)
+        gradient = self.inner(beta[..., None] * h + unit.fit_adjoint(unit.s * unit.loss.slope(f, unit.y)))
+        gram = self._weighted(unit.s * unit.loss.curvature(f, unit.y)) if self.gram is None else self.gram
         norm = torch.linalg.vector_norm(p, dim=-1).gather(-1, self.block)
         root = (beta / or_one(norm)).sqrt()
         along = root * self.inner(h)
         curvature = torch.where(self.same, along[..., :, None] * along[..., None, :] * (_DAMPING - 1), 0)
-        matrix = self.gram + curvature + torch.diag_embed(torch.where(self.real, root * root, 1))
+        matrix = gram + curvature + torch.diag_embed(torch.where(self.real, root * root, 1))
         step = self.outer(solve_factor(factor(matrix), torch.where(self.real, gradient, 0)))
         return torch.where(torch.isfinite(step).all(-1).all(-1)[..., None, None], p - step, p)
 

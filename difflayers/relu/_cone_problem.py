@@ -1,6 +1,7 @@
 r"""The convex program of a two-layer ReLU network over given activation patterns, as arrays: what its solvers see.
 
-.. math:: \min_p \tfrac12 \|\textstyle\sum_i \sigma_i Z_i p_i - y\|_S^2 + \beta \sum_i \|p_i\|, \quad K_i p_i \ge 0
+.. math:: \min_p \textstyle\sum_k s_k\, l(f_k, y_k) + \beta \sum_i \|p_i\|, \quad
+    f = \textstyle\sum_i \sigma_i Z_i p_i, \quad K_i p_i \ge 0
 
 Both signs of the output neuron lie behind one another: with P patterns there are 2 P blocks, the first P of sign +1
 (``v``) and the rest of sign -1 (``w``). The n x d P matrix of gated data is never formed.
@@ -9,12 +10,14 @@ M. Pilanci, T. Ergen, Neural Networks are Convex Regularizers, 2020, equation (8
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ._losses import Loss, Squared
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,8 @@ class ConeProblem:
         s: Sample weights of at least 0, ``(*B, n)``.
         beta: Regularisation above 0, ``(*B)``.
         M: Patterns, 0 or 1, ``(*B, n, P)``, of the dtype of `X`.
+        loss: Loss of one prediction.
+        gated: Whether the neurons are those of a gated network, free of cones. Only their difference matters then.
     """
 
     X: Tensor
@@ -34,6 +39,8 @@ class ConeProblem:
     s: Tensor
     beta: Tensor
     M: Tensor
+    loss: Loss = field(default_factory=Squared)
+    gated: bool = False
 
     @cached_property
     def gate(self) -> Tensor:
@@ -48,6 +55,8 @@ class ConeProblem:
     @cached_property
     def side(self) -> Tensor:
         """``(*B, 2P, n)``: on which side of a point the cell of a pattern lies, 1 or -1; 0 for points at the origin."""
+        if self.gated:
+            return torch.zeros_like(self.signed_gate)
         sides = (2 * self.gate - 1) * (self.X != 0).any(-1).to(self.X.dtype).unsqueeze(-2)
         return torch.cat([sides, sides], -2)
 
@@ -69,8 +78,12 @@ class ConeProblem:
 
     def objective(self, p: Tensor) -> Tensor:
         """``(*B)``."""
-        r = self.fit(p) - self.y
-        return (self.s * r * r).sum(-1) / 2 + self.beta * torch.linalg.vector_norm(p, dim=-1).sum(-1)
+        loss = self.loss.value(self.fit(p), self.y)
+        return (self.s * loss).sum(-1) + self.beta * torch.linalg.vector_norm(p, dim=-1).sum(-1)
+
+    def slope(self, p: Tensor) -> Tensor:
+        """``(*B, n)``: of the loss of each sample, without its weight."""
+        return self.loss.slope(self.fit(p), self.y)
 
     def violation(self, p: Tensor) -> Tensor:
         """``(*B)``: how far a neuron leaves its cell, at most, in units of the output at a point."""
@@ -78,7 +91,7 @@ class ConeProblem:
 
     def to(self, dtype: torch.dtype) -> ConeProblem:
         """The same in another precision."""
-        return ConeProblem(*(t.to(dtype) for t in (self.X, self.y, self.s, self.beta, self.M)))
+        return replace(self, **{f.name: getattr(self, f.name).to(dtype) for f in fields(self)[:5]})
 
 
 class ConeSolution(NamedTuple):
@@ -86,7 +99,8 @@ class ConeSolution(NamedTuple):
 
     ``v, w (*B, P, d)`` neurons with exact zeros, ``rho_v, rho_w (*B, P, n)`` multipliers of their cones of at least 0,
     ``objective``, ``gap`` (a bound of how far it lies above the optimum over these patterns), ``violation`` of the
-    cones, and ``status, steps, residual``, all ``(*B)``.
+    cones, and ``status, steps, residual``, all ``(*B)``; ``slope (*B, n)`` of the loss, without the weights of samples,
+    at kinks of the loss the one that makes the network stationary.
     """
 
     v: Tensor
@@ -99,6 +113,7 @@ class ConeSolution(NamedTuple):
     status: Tensor
     steps: Tensor
     residual: Tensor
+    slope: Tensor | None = None
 
 
 class ConeSolver(Protocol):
@@ -111,7 +126,7 @@ class ConeSolver(Protocol):
 
 
 class Scales(NamedTuple):
-    """Units in which the rows of `X` are at most 1 long, `y` has weighted length 1 and the weights are at most 1."""
+    """Units in which the rows of `X` are at most 1 long and the loss of the zero network is 1/2, or less."""
 
     x: Tensor
     y: Tensor
@@ -127,17 +142,20 @@ def or_one(t: Tensor) -> Tensor:
 def normalise(problem: ConeProblem) -> tuple[ConeProblem, Scales, Tensor]:
     """The problem in those units, the units, and which elements a bound shows to be zero at the optimum.
 
-    No block of the zero network wants to grow where ``beta >= ||Z_i^T S y||`` for all i. There, and only there, `beta`
+    No block of the zero network wants to grow where ``beta >= ||Z_i^T nu||`` for all i. There, and only there, `beta`
     is replaced by that bound, which keeps numbers of any size within range.
     """
     x = or_one(torch.linalg.vector_norm(problem.X, dim=-1).amax(-1))
     s = or_one(problem.s.amax(-1))
+    loss, y = problem.loss.in_units(problem.s / s[..., None], problem.y)
+    labels = problem.y / y[..., None]
+    if loss.curved:  # the square has its units from the labels
+        s = s * or_one(2 * (problem.s / s[..., None] * loss.value(torch.zeros_like(labels), labels)).sum(-1))
     X, weights = problem.X / x[..., None, None], problem.s / s[..., None]
-    y = or_one((problem.y * weights.sqrt()).norm(dim=-1))
-    unit = ConeProblem(X, problem.y / y[..., None], weights, problem.beta / s / x / y, problem.M)
-    bound = torch.linalg.vector_norm(unit.fit_adjoint(weights * unit.y), dim=-1)
+    unit = replace(problem, X=X, y=labels, s=weights, beta=problem.beta / s / x / y, loss=loss)
+    bound = torch.linalg.vector_norm(unit.fit_adjoint(weights * loss.slope(torch.zeros_like(labels), labels)), dim=-1)
     bound = bound.amax(-1) if bound.shape[-1] else torch.zeros_like(unit.beta)
     # rounding may leave a bound a little too low: 1e-12 of it is given away
     zero = unit.beta >= bound * (1 + 1e-12)
     beta = torch.where(zero, or_one(bound), unit.beta)
-    return ConeProblem(X, unit.y, weights, beta, problem.M), Scales(x, y, s, s * x * y), zero
+    return replace(unit, beta=beta), Scales(x, y, s, s * x * y), zero

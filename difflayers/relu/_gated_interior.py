@@ -21,6 +21,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ._cone_interior_point import InteriorPoint
+from ._cone_problem import ConeProblem
 from ._gated_task import GatedTask
 from ._losses import Squared
 
@@ -33,10 +35,20 @@ GAP = 1e-11  # relative gap at which the active neurons are plain
 def rescue(task: GatedTask, u: Tensor) -> tuple[Tensor, Tensor]:
     """A point close to a solution, with zero blocks where neurons are not active, for every element; steps taken.
 
-    Losses other than the square are replaced by their parabolas, again and again, with a line search.
+    Losses other than the square are replaced by their parabolas, from the point `u` on.
     """
-    if isinstance(task.loss, Squared):
-        return interior_point(task)
+    return interior_point(task) if isinstance(task.loss, Squared) else _parabolas(task, u)
+
+
+def rescue_without_parabolas(task: GatedTask, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the method for networks with cones, without cones; slower, where there are many gates."""
+    problem = ConeProblem(task.X, task.y, task.s, task.beta, task.M, task.loss, gated=True)
+    found = InteriorPoint(rtol=1e-14).solve(problem)
+    return torch.where(torch.isfinite(found.v), found.v - found.w, u), found.steps
+
+
+def _parabolas(task: GatedTask, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Minima of the loss's parabolas at the last point, with a line search towards each."""
     steps = torch.zeros_like(task.beta, dtype=torch.long)
     t = torch.tensor(LENGTHS, dtype=u.dtype, device=u.device)[:, None, None, None]
     wide = replace(task, **{name: getattr(task, name).unsqueeze(0) for name in ("X", "M", "y", "s", "beta")})
@@ -50,16 +62,15 @@ def rescue(task: GatedTask, u: Tensor) -> tuple[Tensor, Tensor]:
         tried = u + t * (new - u)
         value, at = wide.objective(tried).nan_to_num(nan=torch.inf).min(0)
         before = task.objective(u)
-        better = value < before
         best = tried.gather(0, at[None, :, None, None].expand(1, *u.shape)).squeeze(0)
-        u = torch.where(better[:, None, None], best, u)
+        u = torch.where((value < before)[:, None, None], best, u)
         if not bool((value < before * (1 - GAP)).any()):
             break
     return u, steps
 
 
 def interior_point(task: GatedTask) -> tuple[Tensor, Tensor]:
-    """The same for the squared loss, from nowhere."""
+    """The same for the squared loss."""
     X, M, s, y, beta = task.X, task.M, task.s, task.y, task.beta.unsqueeze(-1)
     P, eps = M.shape[-1], torch.finfo(X.dtype).eps
     gram, root = X @ X.mT, s.sqrt()

@@ -27,6 +27,7 @@ from . import _block_hessian as hessian
 from ._gated_solver import FISTA, active_blocks, minimise
 from ._gated_task import GatedTask
 from ._losses import Loss
+from ._training_call import for_solver
 
 NAMES = ("X", "y", "sample_weight", "beta", "gates", "warm_start")
 NDIMS = (2, 1, 1, 0, 2, 2)
@@ -60,18 +61,8 @@ def _residual(loss: Loss, u: Tensor, *args: Tensor) -> Tensor:
 
 
 def _solve(loss: Loss, solver: FISTA, *args: Tensor) -> tuple[Tensor, Info, Args]:
-    batch = torch.broadcast_shapes(*(a.shape[: a.ndim - k] for a, k in zip(args, NDIMS, strict=False)))
-    flat = [_flat(a, batch, k) for a, k in zip(args, NDIMS, strict=False)]
-    sound = torch.ones(batch.numel(), dtype=torch.bool, device=args[0].device)
-    for a in flat[:4]:
-        sound = sound & torch.isfinite(a.flatten(1) if a.ndim > 1 else a.unsqueeze(-1)).all(-1)
-    if not sound.is_meta and not bool(sound.all()):  # failed elements are computed from harmless numbers
-        X, y, s, beta = (torch.where(sound[(...,) + (None,) * k], a, 0) for a, k in zip(flat[:4], NDIMS, strict=False))
-        flat[:4] = X, y, s, torch.where(sound, beta, 1)
-    dtype = flat[0].dtype
-    # which neurons are active turns on differences that single precision does not see where beta is small
-    wide = torch.float64 if flat[0].device.type != "mps" else dtype
-    flat = [t.to(wide) if t.is_floating_point() else t for t in flat]
+    dtype = args[0].dtype
+    batch, sound, flat = for_solver(args, NDIMS)
     X, y, s, beta, M = flat[:5]
     task = as_task(loss, X, y, s, beta, without_repetitions(M, s > 0))
     init = torch.zeros_like(task.M.mT @ task.X) if len(flat) == 5 else torch.where(torch.isfinite(flat[5]), flat[5], 0)
@@ -91,12 +82,6 @@ def without_repetitions(M: Tensor, counts: Tensor) -> Tensor:
     signs = (2 * M.to(torch.float32) - 1) * counts.unsqueeze(-1)
     equal = signs.mT @ signs == counts.sum(-1)[..., None, None]
     return M & ~equal.triu(1).any(-2, keepdim=True)
-
-
-def _flat(t: Tensor, batch: torch.Size, ndim: int) -> Tensor:
-    """One batch dimension."""
-    event = t.shape[t.ndim - ndim :]
-    return t.expand((*batch, *event)).reshape((batch.numel(), *event))
 
 
 def _blocks(task: GatedTask, u: Tensor, index: Tensor, used: Tensor) -> hessian.Blocks:

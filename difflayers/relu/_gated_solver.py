@@ -20,7 +20,7 @@ from difflayers._checks import default_rtol
 from difflayers._solution import Info, Status
 
 from ._block_hessian import Blocks
-from ._gated_interior import rescue
+from ._gated_interior import rescue, rescue_without_parabolas
 from ._gated_task import GatedTask, lengths
 
 RIDGE = 1e-10  # keeps Newton steps finite where a network is not minimal yet
@@ -60,10 +60,12 @@ def minimise(task: GatedTask, u: Tensor, solver: FISTA) -> tuple[Tensor, Info]:
     u, eta, steps = _fista(task, u, solver)
     u, more = _newton(task, u, eta, (solver.max_steps - steps).clamp_max(NEWTON_STEPS), solver, proximal=True)
     steps = steps + more
-    lost = (~_accepted(task, u, solver) & (steps < solver.max_steps)).nonzero().squeeze(-1)
-    if len(lost):
+    for method in (rescue, rescue_without_parabolas):
+        lost = (~_accepted(task, u, solver) & (steps < solver.max_steps)).nonzero().squeeze(-1)
+        if not len(lost):
+            break
         some = task.take(lost)
-        v, more = rescue(some, u[lost])
+        v, more = method(some, u[lost])
         v = prune(some.X, some.M, some.s > 0, v)
         steps[lost] += more
         for proximal in (False, True, False):  # a block that is hardly active may have been misjudged
@@ -71,11 +73,12 @@ def minimise(task: GatedTask, u: Tensor, solver: FISTA) -> tuple[Tensor, Info]:
             v, left = prune(some.X, some.M, some.s > 0, v), left.clamp(0, NEWTON_STEPS)
             v, more = _newton(some, v, eta[lost], left, solver, proximal=proximal)
             steps[lost] += more
-        u[lost] = v
+        closer = _violation(some, v) < _violation(some, u[lost])
+        u[lost] = torch.where(closer[:, None, None], v, u[lost])
     u = prune(task.X, task.M, task.s > 0, _without_dust(u))
     u, more = _newton(task, u, eta, (solver.max_steps - steps).clamp_max(8), solver, proximal=False)
     steps = steps + more
-    violation = task.violation(u, task.slope(task.fit(u)))
+    violation = _violation(task, u)
     status = torch.where(_accepted(task, u, solver), int(Status.CONVERGED), int(Status.MAX_STEPS))
     sound = torch.isfinite(u).all(-1).all(-1) & torch.isfinite(violation)
     status = torch.where(sound, status, int(Status.DIVERGED))
@@ -87,6 +90,10 @@ def _accepted(task: GatedTask, u: Tensor, solver: FISTA) -> Tensor:
     asked = default_rtol(solver.rtol, u.dtype) * task.beta
     rounding = torch.minimum(NOISE * task.noise(u, f), torch.finfo(u.dtype).eps ** 0.3 * task.beta)
     return task.violation(u, task.slope(f)) <= torch.maximum(asked, rounding)
+
+
+def _violation(task: GatedTask, u: Tensor) -> Tensor:
+    return task.violation(u, task.slope(task.fit(u)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- FISTA
@@ -131,7 +138,7 @@ def _fista(task: GatedTask, w: Tensor, solver: FISTA) -> tuple[Tensor, Tensor, T
 
 def _first_step(task: GatedTask) -> Tensor:
     """One over the largest curvature of the loss at zero, by a few power iterations."""
-    flat = task.curvature(torch.zeros_like(task.y)).clamp_min(0)
+    flat = task.s * task.loss.largest_curvature(task.y)
     u = task.pull(torch.ones_like(task.y) * flat)
     u = torch.where((u == 0).all(-1).all(-1)[:, None, None], 1, u)
     largest = torch.zeros_like(task.beta)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ._losses import Loss
+from ._losses import Loss, lower_bound
 
 
 def lengths(u: Tensor) -> Tensor:
@@ -110,10 +110,15 @@ class GatedTask:
         largest = (each * torch.linalg.vector_norm(self.X, dim=-1)).sum(-1)
         return torch.finfo(u.dtype).eps * torch.maximum(largest, self.beta)
 
-    def lower_bound(self, u: Tensor) -> Tensor:
-        """A lower bound on the optimal value, from the slopes at `u`: tight where `u` is optimal."""
-        f = self.fit(u)
-        largest = torch.linalg.vector_norm(self.slope(f), dim=-1).amax(-1)
+    def lower_bound(self, u: Tensor, nu: Tensor | None = None) -> Tensor:
+        """A lower bound on the optimal value, from the slopes at `u`: tight where `u` is optimal.
+
+        A loss with kinks has many slopes there: `nu` are minus those to take, times the weights of the samples.
+        """
+        if nu is None:
+            t = self.loss.slope(self.fit(u), self.y)
+        else:
+            t = torch.where(self.s > 0, -nu / torch.where(self.s > 0, self.s, 1), 0)
+        largest = torch.linalg.vector_norm(self.pull(self.s * t), dim=-1).amax(-1)
         most = torch.where(largest > 0, self.beta / torch.where(largest > 0, largest, 1), torch.inf)
-        c = torch.minimum(self.loss.longest(self.s, f, self.y), most)
-        return -(self.s * self.loss.conjugate(c.unsqueeze(-1), f, self.y)).sum(-1)
+        return lower_bound(self.loss, self.s, self.y, t, most)

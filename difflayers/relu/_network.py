@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from difflayers._checks import check_shape, check_tensor
 
+from ._cell_projection import cell_multipliers
+from ._cone_certificate import lower_bound
+from ._cone_problem import ConeProblem
 from ._gated_problem import as_task
-from ._gated_relu import checked_call
 from ._gated_solver import prune
+from ._gated_task import GatedTask
 from ._gates import Gates
 from ._losses import Loss
 from ._relu_solution import ConvexReLUSolution
+from ._training_call import checked_call
 
 
 class TwoLayerReLU(nn.Module):
@@ -160,7 +164,7 @@ def from_network(
     Returns:
         A :class:`ConvexReLUSolution` with one gate a unit (of a ReLU unit: its own direction). The objective is at most
         that of the network, and equals it where the units are balanced. The gap bounds the distance to the optimum over
-        these patterns; of a ReLU network the bound is that of its gated relaxation, valid and maybe loose.
+        these patterns.
 
     Raises:
         ValueError: As :func:`convex_gated_relu`.
@@ -189,8 +193,16 @@ def from_network(
         v, w = torch.where(positive, signed, 0), torch.where(positive, 0, -signed)
         # in its own cell a unit is linear, so the gated formulas hold with the sign
     objective = task.objective(signed)
-    gap = (objective - task.lower_bound(signed)).clamp_min(0)
+    bound = task.lower_bound(signed) if w is None else _lower_bound(task, torch.cat([v, w], -2))
+    gap = (objective - bound).clamp_min(0)
     return ConvexReLUSolution(v, w, objective, gap, Gates(vectors.detach(), call.args[4]))
+
+
+def _lower_bound(task: GatedTask, p: Tensor) -> Tensor:
+    """What no network with neurons in these cells is below."""
+    problem = ConeProblem(task.X, task.y, task.s, task.beta, task.M, task.loss)
+    slope = task.s * task.loss.slope(problem.fit(p), task.y)
+    return lower_bound(problem, p, cell_multipliers(problem.X, problem.side, -problem.fit_adjoint(slope)))
 
 
 def minimal_network(solution: ConvexReLUSolution, X: Tensor) -> ConvexReLUSolution:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from difflayers._checks import check_tensor
 from difflayers._solution import OnFailure, check_policy
 
+from ._convex_relu import ConeMethod, convex_relu
 from ._gated_relu import convex_gated_relu
 from ._gated_solver import FISTA
 from ._gates import Gates
@@ -17,21 +19,23 @@ from ._relu_solution import ConvexReLUSolution, predict
 
 
 class ConvexReLUHead(nn.Module):
-    """Trains a gated ReLU network on a training set to the global optimum, and predicts on queries.
+    """Trains a two-layer ReLU network on a training set to the global optimum, and predicts on queries.
 
-    ``forward(X_train, y_train, X_query, sample_weight=None)`` solves :func:`convex_gated_relu` and applies the trained
-    network. Gradients flow through the training: to the features (so to the network that made them), the labels, the
-    sample weights, the queries, and to beta where it is learned.
+    ``forward(X_train, y_train, X_query, sample_weight=None)`` solves :func:`convex_gated_relu`, or :func:`convex_relu`
+    without the fixed gates, and applies the trained network. Gradients flow through the training: to the features (so
+    to the network that made them), the labels, the sample weights, the queries, and to beta where it is learned.
 
     Args:
         beta: Weight decay, more than 0; the loss is a sum over the training set.
         gates: :class:`Gates`, or their vectors ``(P, d)``: a buffer. With a bias they have one entry more than the
             features, the last.
+        gated: Neurons are linear where their gate is open (the cheaper problem, and a smoother one); if False they are
+            ReLU units whose patterns on the training set are those of the gates.
         learn_beta: Make the logarithm of beta a parameter.
         bias: Append a column of ones to all features.
         multi_output: Labels have a last dimension of outputs, each with its own neurons.
-        loss: :class:`Squared` (None) or :class:`Logistic`.
-        solver: As for :func:`convex_gated_relu`.
+        loss: As for :func:`convex_gated_relu` or :func:`convex_relu`.
+        solver: As for :func:`convex_gated_relu` or :func:`convex_relu`.
         on_failure: As for :func:`convex_gated_relu`.
 
     Shape:
@@ -39,7 +43,8 @@ class ConvexReLUHead(nn.Module):
         ``(*batch, m, d)``; weights ``(*batch, n)``. Predictions ``(*batch, m)`` or ``(*batch, m, c)``. Messages about
         the training set call it X and y, as :func:`convex_gated_relu` does.
 
-    Differentiable in all inputs and parameters, to any order, with the gates' patterns held.
+    Differentiable in all inputs and parameters, to any order, with the gates' patterns held. Kinks of ReLU units that
+    lie on training points move with them.
 
     Example:
         >>> import torch
@@ -62,11 +67,12 @@ class ConvexReLUHead(nn.Module):
         beta: float,
         gates: Gates | Tensor,
         *,
+        gated: bool = True,
         learn_beta: bool = False,
         bias: bool = False,
         multi_output: bool = False,
         loss: Loss | None = None,
-        solver: FISTA | None = None,
+        solver: FISTA | ConeMethod | None = None,
         on_failure: OnFailure = "raise",
     ) -> None:
         super().__init__()
@@ -80,15 +86,15 @@ class ConvexReLUHead(nn.Module):
         log_beta = vectors.detach().new_full((), math.log(beta))
         self.log_beta = nn.Parameter(log_beta) if learn_beta else None
         self.beta, self.bias, self.loss, self.solver = float(beta), bias, loss or Squared(), solver
-        self.multi_output = multi_output
+        self.gated, self.multi_output = gated, multi_output
         self.on_failure: OnFailure = on_failure
 
     def extra_repr(self) -> str:
         """The options."""
         return (
-            f"beta={self.beta:g}, gates={self.gates.shape[0]}, learn_beta={self.log_beta is not None}, "
-            f"bias={self.bias}, multi_output={self.multi_output}, loss={self.loss!r}, "
-            f"solver={self.solver!r}, on_failure={self.on_failure!r}"
+            f"beta={self.beta:g}, gates={self.gates.shape[0]}, gated={self.gated}, "
+            f"learn_beta={self.log_beta is not None}, bias={self.bias}, multi_output={self.multi_output}, "
+            f"loss={self.loss!r}, solver={self.solver!r}, on_failure={self.on_failure!r}"
         )
 
     def train_network(
@@ -101,7 +107,8 @@ class ConvexReLUHead(nn.Module):
             X_train, y_train = X_train.unsqueeze(-3), y_train.mT
             sample_weight = None if sample_weight is None else sample_weight.unsqueeze(-2)
         beta = self.beta if self.log_beta is None else self.log_beta.exp()
-        return convex_gated_relu(
+        train: Callable[..., ConvexReLUSolution] = convex_gated_relu if self.gated else convex_relu
+        return train(
             self._with_bias(X_train),
             y_train,
             beta,

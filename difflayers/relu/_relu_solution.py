@@ -22,9 +22,10 @@ class ConvexReLUSolution(NamedTuple):
         objective: ``(*batch)`` value of the objective.
         gap: ``(*batch)`` how far the objective may lie above the optimum over these gates: a certificate by duality.
         gates: The :class:`Gates`, their patterns those of the data the network was trained on.
-        margin: ``(*batch)`` how far the inactive neurons are from becoming active: the least ``1 - ||q_i|| / beta``,
-            with q_i the slope of the loss in neuron i. Near zero the derivative is about to jump, or the network is not
-            unique. None where it is not known.
+        margin: ``(*batch)`` how far at least the inactive neurons are from becoming active: the least
+            ``1 - ||q_i|| / beta``, with q_i the slope of the loss in neuron i; of ReLU neurons also how far kinks are
+            from leaving their points, as a share of the range of their multipliers. Near zero the derivative is about
+            to jump, or the network is not unique. None where it is not known.
     """
 
     v: Tensor
@@ -41,7 +42,7 @@ def predict(solution: ConvexReLUSolution, X: Tensor) -> Tensor:
     Computes ``sum_i 1[x^T g_i >= 0] x^T v_i`` for a gated network, ``sum_i (x^T v_i)_+ - (x^T w_i)_+`` for a ReLU one.
 
     Args:
-        solution: Of :func:`convex_gated_relu`.
+        solution: Of :func:`convex_gated_relu`, :func:`convex_relu` or another function that makes one.
         X: ``(*batch, m, d)`` points, with the bias column if the training data had one.
 
     Returns:
