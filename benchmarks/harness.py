@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.02
 PACKAGES = (
     *("torch", "numpy", "torch-difflayers", "torchdeq", "torchopt", "cvxpy", "cvxpylayers", "moreau", "scipy", "POT"),
-    *("scikit-learn", "deepinv", "pyproximal", "qpth", "torchjd", "clarabel", "highspy", "geomloss"),
+    *("scikit-learn", "deepinv", "pyproximal", "qpth", "torchjd", "clarabel", "highspy", "geomloss", "pyscnn"),
 )
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
