@@ -21,6 +21,8 @@ from ._gates import Gates
 from ._losses import Loss
 from ._training_call import checked_call, wide_dtype
 
+PULLS, DEPENDENT = 1e-7, 1e-6  # of multipliers and of rows of length one: what counts as more than rounding
+
 
 def beta_max(
     X: Tensor,
@@ -96,10 +98,24 @@ def _longest(X: Tensor, M: Tensor, pulled: Tensor) -> tuple[Tensor, Tensor, Tens
     rho = cell_multipliers(X, side, g)
     norm = torch.linalg.vector_norm(g + (side * rho) @ X, dim=-1)
     best = norm.argmax(-1, keepdim=True)
-    # of all rows those that pull, strongest first: independent, if the data are in general position
     force = torch.take_along_dim(rho, best.unsqueeze(-1), -2).squeeze(-2) * torch.linalg.vector_norm(X, dim=-1)
     length = or_one(torch.linalg.vector_norm(g, dim=-1).gather(-1, best))
-    force, rows = force.topk(min(X.shape[-1] - 1, X.shape[-2]), dim=-1)
+    rows, used = _independent(X, force > PULLS * length)
     half = pulled.shape[-2]
     sign = torch.where(best < half, 1.0, -1.0).to(dtype).unsqueeze(-1)
-    return best % half, sign, rows, force > 1e-7 * length
+    return best % half, sign, rows, used
+
+
+def _independent(X: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+    """At most d - 1 rows that span those marked, and which places hold one: of points that coincide the first."""
+    rest = torch.where(among.unsqueeze(-1), X / or_one(torch.linalg.vector_norm(X, dim=-1, keepdim=True)), 0)
+    chosen, used = [], []
+    for _ in range(min(X.shape[-1] - 1, X.shape[-2])):
+        length, at = torch.linalg.vector_norm(rest, dim=-1).max(-1, keepdim=True)
+        row = torch.take_along_dim(rest, at.unsqueeze(-1), -2) / or_one(length).unsqueeze(-1)
+        rest = rest - (rest @ row.mT) * row
+        chosen.append(at)
+        used.append(length > DEPENDENT)
+    if not chosen:
+        return among.new_zeros((*among.shape[:-1], 0), dtype=torch.long), among[..., :0]
+    return torch.cat(chosen, -1), torch.cat(used, -1)

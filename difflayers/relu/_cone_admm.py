@@ -42,7 +42,7 @@ class ADMM:
     rtol: float | None = None
     max_steps: int = 10_000
     check_every: int = 50
-    penalty: float = 0.1
+    penalty: float = 3.0
 
     def __post_init__(self) -> None:
         check_options(self, max_steps=1, check_every=1)

@@ -29,6 +29,7 @@ from difflayers._checks import check_shape, check_tensor
 
 from ._gated_solver import active_blocks
 from ._relu_solution import ConvexReLUSolution
+from ._training_call import check_beta
 
 Method = Literal["closed", "exact", "approximate"]
 _ON_GATE = 1e-12  # a point whose angle with a gate is less lies on it
@@ -103,6 +104,7 @@ def cone_decomposition(
         raise ValueError(f'method: expected "exact", "closed" or "approximate", got {method!r}')
     if solution.w is not None:
         raise ValueError("solution: expected a gated network, which has no negative neurons w, got one with w")
+    beta = check_beta(beta, solution.v)
     v, gates, patterns = solution.v.detach(), solution.gates.vectors.detach(), solution.gates.patterns
     X = check_tensor("X", X, min_ndim=2).detach()
     check_shape("X", tuple(X.shape[-2:]), (patterns.shape[-2], v.shape[-1]), " in its last two dimensions")

@@ -81,8 +81,9 @@ def convex_relu(
     Raises:
         ValueError: For a beta that is not positive, a negative weight, a wrong shape or dtype, labels 0 of a logistic
             loss, NaN or Inf, naming the argument.
-        SolveError: If the solver misses its tolerance. In backward, where the network has no derivative: active neurons
-            that depend on each other (pruning makes that an accident), or an active set that could not be settled.
+        SolveError: If an element diverges (one that stops before it meets its tolerance warns). In backward, where the
+            network has no derivative: active neurons that depend on each other (pruning makes that an accident), or an
+            active set that could not be settled.
 
     Differentiable in `X`, `y`, `beta` and `sample_weight`, to any order, forward and reverse, with the patterns held;
     the objective by the envelope theorem, without a linear solve. Optimal neurons generically have kinks exactly on

@@ -420,7 +420,9 @@ class ConvexReLUClassifier(ClassifierMixin, _ConvexReLU):
         if present < 2:
             raise ValueError(f"y: expected samples of at least two classes, got {present} class")
         if self.class_weight is not None:
-            weight = (weight * compute_sample_weight(self.class_weight, y)).astype(X.dtype)
+            counted = weight > 0  # a sample of weight 0 is as good as absent
+            weight = weight.copy()
+            weight[counted] *= compute_sample_weight(self.class_weight, y[counted])
         which = self.classes_[1:] if len(self.classes_) == 2 else self.classes_
         self._train(X, np.where(y[:, None] == which, 1, -1).astype(X.dtype), weight)
         return self

@@ -118,6 +118,8 @@ def grow_gates(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     if not rtol > 0:
         raise ValueError(f"rtol: expected more than 0, got {rtol}")
+    if loss is not None and not loss.smooth:
+        raise ValueError(f"loss: expected a smooth loss, whose slopes show what is missing, got {loss!r}")
     train: Callable[..., ConvexReLUSolution] = convex_gated_relu if gated else convex_relu
     options: dict[str, Any] = {"sample_weight": sample_weight, "loss": loss, "solver": solver, "on_failure": on_failure}
     network = train(X, y, beta, gates, **options)

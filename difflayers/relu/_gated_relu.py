@@ -55,8 +55,9 @@ def convex_gated_relu(
         gates: :class:`Gates`, or their vectors ``(P, d)`` or ``(*batch, P, d)``. The patterns are those of `X`.
         sample_weight: ``(*batch, n)``, at least 0; ones if None. A sample of weight 0 is as good as absent.
         loss: :class:`Squared` (None) or :class:`Huber`; for labels -1 and 1 :class:`Logistic` or :class:`Hinge`.
-        solver: :class:`FISTA` with its tolerance and limits.
-        warm_start: An earlier result with as many gates, to start from; no gradient flows to it.
+        solver: :class:`FISTA` with its tolerance and limits; with the hinge loss an interior-point method takes both.
+        warm_start: An earlier result with as many gates, to start from; no gradient flows to it. Of no use to the hinge
+            loss.
         on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone) or ``"ignore"``.
 
     Returns:
@@ -65,12 +66,16 @@ def convex_gated_relu(
 
     Raises:
         ValueError: For a beta that is not positive, a negative weight, a wrong shape or dtype, labels 0 of a logistic
-            loss, NaN or Inf, naming the argument.
-        SolveError: In backward, where the active neurons depend on each other; pruning makes that an accident.
+            or hinge loss, NaN or Inf, naming the argument.
+        SolveError: In backward, where the active neurons depend on each other; pruning makes that an accident, but not
+            with every loss. With the hinge loss often many networks are optimal, since samples beyond the margin, or
+            well within it, hold no neuron in place; with Huber's, samples beyond the knee do not. Such a network is no
+            function of its data; its `objective` is, and has its gradient.
 
     Differentiable in `X`, `y`, `beta` and `sample_weight`, to any order, forward and reverse, with the patterns held;
     the objective by the envelope theorem, without a linear solve. A neuron just about to become active counts as
-    inactive. The gap is a number without derivative. From `beta_max` on all derivatives of the network are zero.
+    inactive; a sample on the knee of Huber's loss as one beyond it; samples on the kink of the hinge loss stay there,
+    by multipliers. The gap is a number without derivative. From `beta_max` on all derivatives of the network are zero.
 
     Example:
         >>> import torch

@@ -164,7 +164,8 @@ def from_network(
     Returns:
         A :class:`ConvexReLUSolution` with one gate a unit (of a ReLU unit: its own direction). The objective is at most
         that of the network, and equals it where the units are balanced. The gap bounds the distance to the optimum over
-        these patterns.
+        these patterns; with the hinge loss it is loose where samples lie on the kink, as they do at the optimum, since
+        the network does not tell their multipliers.
 
     Raises:
         ValueError: As :func:`convex_gated_relu`.

@@ -62,8 +62,9 @@ class OneNetwork:
         loss: Loss | None,
         *,
         smooth: bool = True,
+        trained: bool = True,
     ) -> OneNetwork:
-        """Checks the arguments; refuses a loss with kinks where it has to be `smooth`."""
+        """Checks the arguments; refuses a loss with kinks if `smooth`, and data it was not trained on if `trained`."""
         v, w = check_tensor("solution", solution.v, min_ndim=2), solution.w
         call = checked_call(X, y, beta, solution.gates, weight, loss)
         if smooth and not call.loss.smooth:
@@ -82,7 +83,24 @@ class OneNetwork:
         p = p.to("cpu", torch.float64)
         if not bool(torch.isfinite(p).all()):
             raise ValueError("solution: expected finite neurons, got NaN or Inf")
-        return OneNetwork(solution, X, y, s, beta, M, call.loss, p, signs.double(), gates)
+        network = OneNetwork(solution, X, y, s, beta, M, call.loss, p, signs.double(), gates)
+        if trained:
+            network.check_objective()
+        return network
+
+    def check_objective(self) -> None:
+        """Refuses data, weights or a beta that are not those of the solution: its objective is another there."""
+        said, found = self.solution.objective.item(), self.objective(self.p).item()
+        if not abs(said - found) <= torch.finfo(self.solution.v.dtype).eps ** 0.4 * max(abs(said), abs(found)):
+            raise ValueError(
+                f"solution: expected the one of this X, y, beta, sample_weight and loss, where its objective would be "
+                f"{found:.6g}, got one of objective {said:.6g}"
+            )
+
+    def objective(self, p: Tensor) -> Tensor:
+        """What is minimised."""
+        data = (self.s * self.loss.value(self.fit(p), self.y)).sum()
+        return data + self.beta * lengths(p).sum()
 
     @property
     def constrained(self) -> bool:
@@ -121,9 +139,7 @@ class OneNetwork:
         given, half = self.solution, len(self.solution.v)
         p = p.to(given.v)
         v, w = (p, None) if given.w is None else (p[:half], p[half:])
-        wide = p.to(self.p)
-        data = (self.s * self.loss.value(self.fit(wide), self.y)).sum()
-        objective = (data + self.beta * lengths(wide).sum()).to(given.objective)
+        objective = self.objective(p.to(self.p)).to(given.objective)
         bound = (given.objective - given.gap).detach()
         return ConvexReLUSolution(v, w, objective, (objective - bound).clamp_min(0), given.gates)
 

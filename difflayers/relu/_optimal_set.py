@@ -84,7 +84,7 @@ def optimal_set(
     """
     if slack is not None and not 0 <= slack < 1:
         raise ValueError(f"slack: expected None or a number in [0, 1), got {slack}")
-    network = OneNetwork.of(solution, X, y, beta, sample_weight, loss)
+    network = OneNetwork.of(solution, X, y, beta, sample_weight, loss, trained=False)
     size = float(network.beta)
     narrow = solution.v.dtype != torch.float64
     least = max(slack or 0.0, 1e-4 if narrow else 1e-7)

@@ -235,7 +235,9 @@ class _Path:
     def largest(self) -> float:
         """The beta from which on the network is zero; 1 where it is always zero."""
         zero = self.zero()
-        network = OneNetwork.of(zero, self.X.detach(), self.y.detach(), 1.0, self.weight, self.loss, smooth=False)
+        network = OneNetwork.of(
+            zero, self.X.detach(), self.y.detach(), 1.0, self.weight, self.loss, smooth=False, trained=False
+        )
         pull = network.pull(network.p)
         norms = torch.linalg.vector_norm(pull, dim=-1)
         if self.gated:
@@ -276,7 +278,8 @@ class _Path:
 
     def norms(self, solution: ConvexReLUSolution, beta: Tensor) -> tuple[OneNetwork, Tensor, Tensor]:
         """The network, the slopes of its blocks and their lengths."""
-        network = OneNetwork.of(solution, self.X.detach(), self.y.detach(), beta.detach(), self.weight, self.loss)
+        data = self.X.detach(), self.y.detach(), beta.detach(), self.weight, self.loss
+        network = OneNetwork.of(solution, *data, trained=False)
         pull = network.pull(network.p)
         return network, pull, torch.linalg.vector_norm(pull, dim=-1)
 

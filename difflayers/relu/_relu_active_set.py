@@ -61,7 +61,7 @@ def settle(problem: ConeProblem, found: ConeSolution) -> tuple[Tensor, Tensor, T
         better = parts[2] < error[late]
         for whole, part in zip((q, kinks, error), parts, strict=True):
             whole[late] = torch.where(better.reshape(-1, *[1] * (part.ndim - 1)), part, whole[late])
-    none = ~(q != 0).any(-1).any(-1)
+    none = ~(p != 0).any(-1).any(-1)
     right = (error <= SETTLED) | ((found.status == Status.CONVERGED) & none)
     # a point that cannot be settled is handed out as it came, without a derivative
     q, kinks = (

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from difflayers._checks import check_tensor
+from difflayers._checks import check_shape, check_tensor
 from difflayers._solution import OnFailure, check_policy
 
 from ._convex_relu import ConeMethod, convex_relu
@@ -82,6 +82,9 @@ class ConvexReLUHead(nn.Module):
         if vectors.ndim != 2 or not vectors.numel():
             raise ValueError(f"gates: expected vectors of shape (P, d), got {tuple(vectors.shape)}")
         check_policy(on_failure)
+        if solver is not None and not isinstance(solver, FISTA if gated else ConeMethod):
+            wanted = "FISTA()" if gated else "InteriorPoint(), ADMM(), AugmentedLagrangian()"
+            raise ValueError(f"solver: expected {wanted} or None with gated={gated}, got {solver!r}")
         self.register_buffer("gates", vectors.detach().clone())
         log_beta = vectors.detach().new_full((), math.log(beta))
         self.log_beta = nn.Parameter(log_beta) if learn_beta else None
@@ -122,7 +125,8 @@ class ConvexReLUHead(nn.Module):
     def forward(self, X_train: Tensor, y_train: Tensor, X_query: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """Predictions on the queries of the network trained on the training set."""
         network = self.train_network(X_train, y_train, sample_weight)
-        query = self._with_bias(check_tensor("X_query", X_query, min_ndim=2))
+        check_shape("X_query", tuple(check_tensor("X_query", X_query, min_ndim=2).shape[-1:]), X_train.shape[-1:])
+        query = self._with_bias(X_query)
         if self.multi_output:
             return predict(network, query.unsqueeze(-3)).mT
         return predict(network, query)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_tensor
+from difflayers._checks import broadcast_batch, check_same, check_tensor
 from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast
 
 from ._gates import Gates
@@ -68,8 +68,15 @@ def predict(solution: ConvexReLUSolution, X: Tensor) -> Tensor:
     X = lifted_under_autocast(check_tensor("X", X, min_ndim=2))
     if X.shape[-1] != v.shape[-1]:
         raise ValueError(f"X: expected {v.shape[-1]} columns as the network has inputs, got shape {tuple(X.shape)}")
+    check_same([("X", X), ("solution", v)])
+    broadcast_batch([("X", tuple(X.shape[:-2])), ("solution", tuple(v.shape[:-2]))])
     with autocast_off(X):
-        if w is not None:
-            return (X @ v.mT).relu().sum(-1) - (X @ w.mT).relu().sum(-1)
-        open_gates = X.detach() @ solution.gates.vectors.mT >= 0
-        return torch.where(open_gates, X @ v.mT, 0).sum(-1)
+        # the NaN of a failed element must not reach the gradient of points that others share
+        failed = torch.isnan(v.detach()).any(-1).any(-1)[..., None, None]
+        u = torch.where(failed, 0, v)
+        if w is None:
+            open_gates = X.detach() @ solution.gates.vectors.mT >= 0
+            found = torch.where(open_gates, X @ u.mT, 0).sum(-1)
+        else:
+            found = (X @ u.mT).relu().sum(-1) - (X @ torch.where(failed, 0, w).mT).relu().sum(-1)
+        return torch.where(failed.squeeze(-1), v.sum((-2, -1)).unsqueeze(-1), found)

@@ -66,7 +66,7 @@ def sampled_convex_program(
         directions: ``(N, d)`` or ``(*batch, N, d)``, of any length, as by :func:`sample_directions`; of :class:`Gates`
             the vectors are taken.
         sample_weight: ``(*batch, n)``, at least 0; ones if None.
-        loss: :class:`Squared` (None) or another loss.
+        loss: :class:`Squared` (None) or another smooth loss.
         solver: :class:`FISTA` with its tolerance and limits.
         warm_start: An earlier result over as many directions, to start from; no gradient flows to it.
         on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone) or ``"ignore"``.
@@ -256,6 +256,8 @@ class _Call:
             raise ValueError(f"solver: expected FISTA() or None, got {solver!r}")
         with renamed(gates="directions"):
             call = TrainingCall(X, y, beta, directions, sample_weight, loss, warm_start, signed=True)
+        if not call.loss.smooth:
+            raise ValueError(f"loss: expected a smooth loss, got {call.loss!r}, which has kinks")
         self.loss, self.dtype, self.problem = call.loss, call.dtype, _problem(call.loss, solver, warm_start is not None)
         X, y, s, beta, patterns, *init = call.args
         U = lifted_under_autocast(directions.vectors if isinstance(directions, Gates) else directions)

@@ -3,6 +3,7 @@ r"""The arguments of a convex training problem, checked and brought to one dtype
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -62,12 +63,12 @@ class TrainingCall:
             s = check_tensor("sample_weight", sample_weight, min_ndim=1)
             check_shape("sample_weight", tuple(s.shape[-1:]), (n,), " in its last dimension as X has rows")
             _at_least_zero("sample_weight", s, strict=False)
-        if not isinstance(beta, Tensor):
-            beta = torch.full((), float(beta), dtype=y.dtype, device=y.device)
-        _at_least_zero("beta", check_tensor("beta", beta), strict=True)
+        beta = check_beta(beta, y)
         named = {"X": X, "y": y, "sample_weight": s, "beta": beta, "gates": G}
         if warm_start is not None:
             earlier = warm_start.value if isinstance(warm_start, Solution) else warm_start
+            if not isinstance(earlier, ConvexReLUSolution):
+                raise ValueError(f"warm_start: expected a ConvexReLUSolution or None, got {type(earlier).__name__}")
             init = check_tensor("warm_start", earlier.v, min_ndim=2).detach()
             check_shape("warm_start", tuple(init.shape[-2:]), tuple(G.shape[-2:]), " of its last two dimensions")
             if signed:
@@ -89,6 +90,16 @@ class TrainingCall:
 def checked_call(X: Tensor, y: Tensor, beta: Any, gates: Any, sample_weight: Any, loss: Loss | None) -> TrainingCall:
     """Checked arguments, for other functions of the same problem."""
     return TrainingCall(X, y, beta, gates, sample_weight, loss)
+
+
+def check_beta(beta: Any, like: Tensor) -> Tensor:
+    """A weight decay above 0 as a tensor; NaN passes."""
+    if not isinstance(beta, Tensor):
+        if not isinstance(beta, Real):
+            raise ValueError(f"beta: expected a number or a tensor, got {type(beta).__name__}")
+        beta = torch.full((), float(beta), dtype=like.dtype, device=like.device)
+    _at_least_zero("beta", check_tensor("beta", beta), strict=True)
+    return beta
 
 
 def for_solver(args: Sequence[Tensor], ndims: Sequence[int]) -> tuple[torch.Size, Tensor, list[Tensor]]:

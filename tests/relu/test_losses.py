@@ -102,7 +102,7 @@ def test_a_loss_is_consistent(loss):
     curvature = (loss.slope(f + h, y) - loss.slope(f - h, y)) / (2 * h)
     torch.testing.assert_close(loss.curvature(f, y), curvature, rtol=1e-6, atol=1e-8)
     assert (loss.curvature(f, y) <= loss.largest_curvature(y)).all()
-    grid = torch.linspace(-60, 60, 1_200_001, dtype=torch.float64)[:, None]
+    grid = torch.linspace(-20, 20, 80_001, dtype=torch.float64)[:, None]
     for c in (0.0, 0.3, 0.9):
         t = c * loss.slope(f, y)
         expected = (t * grid - loss.value(grid, y)).amax(0)
@@ -155,10 +155,13 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
-@pytest.mark.parametrize(("d", "count"), [(2, None), (3, 10), (3, 4)], ids=["all", "sampled", "few"])
-@pytest.mark.parametrize("fraction", [1e-3, 0.1, 0.9])
+@pytest.mark.parametrize(
+    ("d", "count", "fraction"),
+    [(2, None, 0.1), (3, 10, 1e-3), (3, 10, 0.9), (3, 4, 0.1)],
+    ids=["all", "small beta", "large beta", "few"],
+)
 def test_the_constrained_optimum_is_that_of_clarabel(loss, d, count, fraction):
-    X, y, s = training_set(loss, 7, 30, d)
+    X, y, s = training_set(loss, 7, 20, d)
     problem = with_share(ConeProblem(X, y, s, s[0], patterns(X, count, 2), loss), fraction)
     found, expected = InteriorPoint().solve(problem), clarabel(problem, cones=True)
     assert found.status == Status.CONVERGED
@@ -227,8 +230,9 @@ def test_elements_of_a_batch_and_samples_without_weight(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=NAMES)
-@pytest.mark.parametrize(("n", "d", "count"), [(20, 2, 30), (30, 4, 60), (60, 3, 8)])
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.6])
+@pytest.mark.parametrize(
+    ("n", "d", "count", "fraction"), [(20, 2, 30, 0.1), (30, 4, 40, 0.01), (30, 4, 40, 0.6), (60, 3, 8, 0.01)]
+)
 def test_the_gated_optimum_is_that_of_clarabel(loss, n, d, count, fraction):
     X, y, s = training_set(loss, n, n, d)
     gates = normal(n + 2, count, d)

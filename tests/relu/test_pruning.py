@@ -253,3 +253,13 @@ def test_what_does_not_fit_is_refused(options: dict, message: str):
     best = convex_gated_relu(X, Y, BETA, GATES)
     with pytest.raises(ValueError, match=message):
         prune_network(best, X, Y.sign(), BETA, **options)
+
+
+def test_data_of_another_problem_are_refused():
+    # a gap is a promise about the problem that the solution was trained on
+    X = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y, gates = X[:, 0].abs(), torch.randn(8, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = convex_relu(X, y, 0.1, gates)
+    for changed in ((X, y, 0.2), (X, -y, 0.1), (X.flip(0), y, 0.1)):
+        with pytest.raises(ValueError, match="solution: expected the one of this X, y, beta"):
+            prune_network(found, *changed, neurons=1)

@@ -147,7 +147,7 @@ def _only_neurons(found: Any) -> Any:
     return replace(found, value=_neurons(found.value))
 
 
-def _case(name: str, inputs: tuple[Tensor, ...], loss: Loss, *, cones: bool) -> LayerCase:
+def _case(name: str, inputs: tuple[Tensor, ...], loss: Loss, *, cones: bool, **fields: Any) -> LayerCase:
     X, y, s, beta = inputs
     make, make_ex = (convex_relu, convex_relu_ex) if cones else (convex_gated_relu, convex_gated_relu_ex)
     starved = {"loss": loss, "solver": InteriorPoint(max_steps=1) if cones else FISTA(max_steps=1)}
@@ -189,6 +189,7 @@ def _case(name: str, inputs: tuple[Tensor, ...], loss: Loss, *, cones: bool) -> 
             Wrong("columns", (X[..., :1], y, s, beta), r"gates: expected vectors of shape \(\.\.\., P, 1\) as of X"),
         ),
         exact_bits=False,
+        **fields,
     )
 
 
@@ -200,10 +201,12 @@ def _data(seed: int, y: Tensor | None = None, beta: tuple[float, float] = (0.2, 
     return normal(seed, 4, 2), y, 0.5 + normal(seed + 2, 4).abs(), numbers(beta)
 
 
+EARLY = {"starved_solver_warns": "the loss has no curvature that an early stop could be differentiated with: refused"}
+
 # every element is far from a change of its active set, and some samples lie on either side of the knee
 CASES: tuple[LayerCase, ...] = (
-    _case("convex_gated_relu Huber", _data(3), Huber(0.4), cones=False),
-    _case("convex_gated_relu hinge", _data(3, SIGNS, (0.3, 0.15)), Hinge(), cones=False),
+    _case("convex_gated_relu Huber", _data(3), Huber(0.4), cones=False, exempt=EARLY),
+    _case("convex_gated_relu hinge", _data(3, SIGNS, (0.3, 0.15)), Hinge(), cones=False, exempt=EARLY),
     _case("convex_relu Huber", _data(17), Huber(0.4), cones=True),
     _case("convex_relu logistic", _data(3, SIGNS, (0.1, 0.05)), Logistic(), cones=True),
 )
