@@ -1,6 +1,7 @@
 """Sphinx configuration. The build is offline and treats every warning as an error: see `make docs`."""
 
 import os
+import re
 
 import difflayers
 
@@ -47,7 +48,7 @@ if os.environ.get("DIFFLAYERS_DOCS_ONLINE"):
 
 nitpick_ignore_regex = [
     # Without the network their inventories are out of reach; names of our own must resolve.
-    (r"py:.*", r"(abc|collections|contextlib|cvxpy|enum|optree|os|torch|typing)\..*"),
+    (r"py:.*", r"(abc|collections|contextlib|cvxpy|enum|numpy|optree|os|torch|typing)\..*"),
     # Private types in the signatures of methods that only authors of solvers override.
     (r"py:.*", r"difflayers\.(\w+\.)*_\w+\.\w+"),
     # Type variables and short aliases in signatures, which have no page of their own.
@@ -74,6 +75,12 @@ def skip_aliases(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def keep_underscores(app, what, name, obj, options, lines):
+    """Attributes such as `coef_`: reStructuredText would take the underscore for a link."""
+    lines[:] = [re.sub(r"^(:ivar \w+)_:", r"\1\\_:", line) for line in lines]
+
+
 def setup(app):
     app.connect("missing-reference", resolve_private)
     app.connect("autodoc-skip-member", skip_aliases)
+    app.connect("autodoc-process-docstring", keep_underscores, priority=600)  # after napoleon

@@ -59,8 +59,8 @@ def convex_relu(
     Args:
         X: ``(*batch, n, d)`` training data; a bias is a column of ones.
         y: ``(*batch, n)`` labels.
-        beta: More than 0: a number, or a tensor ``(*batch)``. From some beta on, at most :func:`beta_max`, the network
-            is zero.
+        beta: More than 0: a number, or a tensor ``(*batch)``. From ``beta_max(..., gated=False)`` on the network is
+            zero; less than about 1e-5 below that, relative, it counts as zero.
         gates: :class:`Gates`, or their vectors ``(P, d)`` or ``(*batch, P, d)``. The patterns are those of `X`.
         sample_weight: ``(*batch, n)``, at least 0; ones if None. A sample of weight 0 does not count in the loss; its
             place in the patterns stays.

@@ -32,6 +32,7 @@ from ._gated_solver import FISTA
 from ._gates import sample_gates
 from ._losses import Logistic, Loss, Squared
 from ._relu_solution import ConvexReLUSolution, predict
+from ._robust_relu import ClarabelSolver
 
 Array = np.ndarray
 DTYPES = (np.float64, np.float32)
@@ -109,7 +110,7 @@ class _ConvexReLU(BaseEstimator):
         gates, init = self._gates(Z, len(labels))
         loss = self._loss()
         top = beta_max(Z, labels, gates, sample_weight=s, loss=loss, gated=self.gated)
-        beta = torch.where(top > 0, self.alpha * top, 1)
+        beta = torch.where(top == 0, 1, self.alpha * top)
         found = self._solve(Z, labels, beta, gates, s, loss, init)
         self._report(found)
         solution, single = found.value, len(labels) == 1
@@ -126,7 +127,8 @@ class _ConvexReLU(BaseEstimator):
         if self.gated:
             solver = FISTA(rtol=rtol, max_steps=self.max_iter)
             return convex_gated_relu_ex(X, y, beta, gates, sample_weight=s, loss=loss, solver=solver, warm_start=init)
-        method = InteriorPoint(rtol=rtol, max_steps=self.max_iter)
+        kind = InteriorPoint if loss.smooth else ClarabelSolver
+        method = kind(rtol=rtol, max_steps=self.max_iter)
         return convex_relu_ex(X, y, beta, gates, sample_weight=s, loss=loss, solver=method)
 
     def _report(self, found: Solution[ConvexReLUSolution]) -> None:

@@ -67,7 +67,7 @@ def _joined(u: Tensor, nu: Tensor) -> Tensor:
 
 def at_kink(nu: Tensor, y: Tensor, s: Tensor) -> Tensor:
     """Samples whose multiplier lies between its ends."""
-    return (nu != 0) & (nu != s * y)
+    return (nu != 0) & (nu != s * y) & (s * y != 0)
 
 
 def lagrangian(loss: Loss, value: Tensor, X: Tensor, y: Tensor, s: Tensor, beta: Tensor, M: Tensor) -> Tensor:
@@ -159,6 +159,11 @@ def minimise(task: GatedTask, solver: FISTA) -> tuple[Tensor, Tensor, Info]:
     exact = least <= allowed
     best = torch.where(exact[:, None], best, came)
     status = torch.where(exact & (found.status <= Status.MAX_STEPS), int(Status.CONVERGED), found.status)
+    # what came may be worse than the interior point it was made from
+    worse = (
+        task.objective(split(came, *task.X.shape[-2:])[0]) > found.objective + max(asked, 1e-8) * found.objective.abs()
+    )
+    status = torch.where(~exact & worse, status.clamp(min=int(Status.MAX_STEPS)), status)
     return best, exact, Info(status, steps, torch.where(exact, least, found.residual))
 
 
@@ -215,7 +220,9 @@ def _newton_step(task: GatedTask, value: Tensor) -> Tensor:
     u, nu = split(value + step, *task.X.shape[-2:])
     # a multiplier that happens on an end would change the equations
     most = task.s * task.y
-    return _joined(u, torch.where(kink & ~_inside(nu, most), nu + 1e-30 + 1e-15 * most, nu))
+    nudged = torch.where(_inside(nu, most), nu, nu + 1e-30 + 1e-15 * most)
+    # rounding must not bring the others to the kink
+    return _joined(u, torch.where(kink, nudged, split(value, *task.X.shape[-2:])[1]))
 
 
 def _error(task: GatedTask, value: Tensor) -> Tensor:

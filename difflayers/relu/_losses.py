@@ -9,7 +9,9 @@ Every loss is convex in the prediction f, and with the conjugate :math:`l^*(t, y
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -136,8 +138,8 @@ class Huber(Loss):
     delta: Any = 1.0  # a tensor in units of a batch
 
     def __post_init__(self) -> None:
-        if not isinstance(self.delta, Tensor) and not self.delta > 0:
-            raise ValueError(f"delta: expected more than 0, got {self.delta}")
+        if not isinstance(self.delta, Real) or not float(self.delta) > 0:
+            raise ValueError(f"delta: expected a number more than 0, got {self.delta!r}")
 
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         """The parabola up to `delta`, its tangents beyond."""
@@ -186,7 +188,10 @@ class Huber(Loss):
     def in_units(self, weight: Tensor, y: Tensor) -> tuple[Loss, Tensor]:
         """The length of the labels, `delta` among them."""
         size = _size(weight, y)
-        return replace(self, delta=self.delta / size.unsqueeze(-1)), size
+        scaled = copy(self)
+        # a tensor, past the check of what users give
+        object.__setattr__(scaled, "delta", self.delta / size.unsqueeze(-1))
+        return scaled, size
 
 
 @dataclass(frozen=True)

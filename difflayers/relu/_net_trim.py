@@ -269,6 +269,11 @@ def _checked(layer: Any, inputs: Batches, outputs: Batches | None) -> tuple[Tens
     """Inputs and wanted outputs of the layer."""
     if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
         raise ValueError(f"layer: expected a Linear, Conv1d, Conv2d or Conv3d, got {type(layer).__name__}")
+    computed = [name for name in ("weight", "bias") if name not in layer._parameters]
+    if computed:
+        raise ValueError(
+            f"layer: expected {computed[0]} to be a parameter, got one that is computed; remove what does it"
+        )
     x = _gathered("inputs", inputs)
     if isinstance(layer, nn.Linear):
         fits, shape = x.ndim > 1 and x.shape[-1] == layer.in_features, f"(N, ..., {layer.in_features})"
@@ -278,7 +283,7 @@ def _checked(layer: Any, inputs: Batches, outputs: Batches | None) -> tuple[Tens
     if not fits or not x.numel():
         raise ValueError(f"inputs: expected shape {shape} as of layer, with at least one sample, got {tuple(x.shape)}")
     check_same([("layer.weight", layer.weight), ("inputs", x)])
-    made = layer(x)
+    made = layer.forward(x)  # no hooks: the trimmed layer has those of its own
     wanted = made if outputs is None else _gathered("outputs", outputs)
     check_same([("layer.weight", layer.weight), ("outputs", wanted)])
     check_shape("outputs", tuple(wanted.shape), tuple(made.shape), " as layer makes of inputs")

@@ -110,6 +110,9 @@ def _linear_solve(
     least = LU.diagonal(dim1=-2, dim2=-1).abs().amin(-1)
     # with tolerance zero the conditions are those of a linear program, at a vertex or not unique
     singular = (info != 0) | (least < 1e-3 * _DAMPING) | ((radius == 0) & (at[:, :weights] != 0).any(-1))
+    # a ball that only rounding makes tight holds nothing: there the weights are not unique
+    force = at[:, weights] * radius * torch.linalg.vector_norm(X, dim=(-2, -1))
+    singular = singular | ((force > 0) & (force < 1e-9))
     wanted = (torch.where(used, b.gather(-1, index), 0) * scale).unsqueeze(-1)
     x = torch.linalg.lu_solve(LU, pivots, wanted)
     for _ in range(2):

@@ -68,7 +68,7 @@ def trim(X: Tensor, Y: Tensor, on: Tensor, eps: Tensor, free: int, rtol: float, 
     sy = torch.where(total > 0, total / on.flatten(1).sum(-1).clamp_min(1).sqrt(), 1)
     unpaid = torch.arange(d, device=X.device) >= d - free
     T = Trimming(X / sx[:, None, None], Y / sy[:, None, None], on, eps / sy, unpaid)
-    idle = (eps >= total) & ((eps > 0) | (total == 0))  # the zero layer will do
+    idle = (eps >= (1 - 1e-6) * total) & ((eps > 0) | (total == 0))  # the zero layer will do
     if bool(idle.all()):
         zero = torch.zeros_like(eps)
         info = Info(zero.long(), zero.long(), zero)

@@ -139,9 +139,9 @@ def _solve(loss: Loss, solver: ConeSolver, *args: Tensor) -> tuple[Tensor, Info,
     index, used = active_blocks(p)
     held, factors = _factorise(loss, Neurons(p, rho), problem, index, used)
     factors = factors._replace(singular=factors.singular | ~right)
-    real = [t.to(dtype) if t.is_floating_point() else t for t in (held, *factors)]
+    # factors stay in double precision: with a small beta, what they factor has few digits to spare
     info = Info(torch.where(sound, found.status, int(Status.DIVERGED)), found.steps, found.residual.to(dtype))
-    back = [t.reshape((*batch, *t.shape[1:])) for t in (value, index, used, *real)]
+    back = [t.reshape((*batch, *t.shape[1:])) for t in (value, index, used, held, *factors)]
     return back[0], Info(*(t.reshape(batch) for t in info)), tuple(back[1:])
 
 
@@ -192,12 +192,14 @@ def _linear_solve(
 ) -> tuple[Tensor, Info]:
     """The KKT matrix on active neurons and their kinks, the identity elsewhere; it is its own transpose."""
     index, used, pseudo, *rest = factors
-    X, M = args[0], args[4]
+    dtype = rhs.dtype
+    value, rhs, *wide = (t.to(wide_dtype(t)) for t in (value, rhs, *args))
+    X, M = wide[0], wide[4]
     cholesky = hessian.Factors(*rest)
     u = Neurons.of(value, X.shape[-1])
     full = torch.broadcast_shapes(rhs.shape[:-2], index.shape[:-1])
     rhs = rhs.expand((*full, *rhs.shape[-2:]))
-    blocks = _blocks(loss, u, args, index, used, pseudo)
+    blocks = _blocks(loss, u, tuple(wide), index, used, pseudo)
     at, on = index.unsqueeze(-1), used.unsqueeze(-1)
     kinks = _kinks_at(u.kinks, index, used, X.dtype)
     length = or_one(torch.linalg.vector_norm(X, dim=-1, keepdim=True))
@@ -211,7 +213,7 @@ def _linear_solve(
     m = C * ((pseudo @ (blocks.times(q) - g).unsqueeze(-1)).squeeze(-1) @ rows.mT) / length.mT
     m = torch.where(kinks != 0, m, c)
     found = torch.where(on, torch.cat([q, m], -1), given)
-    x = rhs.scatter(-2, at.expand_as(found), found)
+    x = rhs.scatter(-2, at.expand_as(found), found).to(dtype)
     return x, direct_info(cholesky.singular.expand(full), x, 2)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 Array = np.ndarray
 Norm = Literal["l1", "l2"]  # the dual norm
-NARROW = 1e-8  # width of a cell, in units of the data, that counts as none
+NARROW = 1e-8  # width of a cell, relative to the points around it, that counts as none
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Program:
 
 
 def widths(X: Array, M: Array, epsilon: float, columns: Array, norm: Norm) -> tuple[Array, Array]:
-    """The largest t with ``e_ki x_k^T u - epsilon ||u||_* >= t``, -1 <= u <= 1, and that u, of every cell."""
+    """The largest t with ``e_ki x_k^T u - epsilon ||u||_* >= t max|x_k|``, -1 <= u <= 1, and that u, of every cell."""
     import clarabel
 
     n, P = M.shape
@@ -84,6 +84,9 @@ def widths(X: Array, M: Array, epsilon: float, columns: Array, norm: Norm) -> tu
     rows = (X != 0).any(1) | (epsilon > 0)  # a zero row bounds nothing, unless it is perturbed
     X, M = X[rows], M[rows]
     n = len(X)
+    if n:  # rows of length one, so that a point far from the others does not make all cells look narrow
+        size = np.maximum(np.abs(X).max(1), epsilon)
+        X, radius = X / size[:, None], epsilon / size
     if not n:
         return np.ones(P), np.zeros((P, d))
     program = Program({"u": P * d, "t": P, **norm_sizes("", P, columns, norm, epsilon)})
@@ -91,7 +94,7 @@ def widths(X: Array, M: Array, epsilon: float, columns: Array, norm: Norm) -> tu
     i, k, j = np.arange(P)[:, None, None], np.arange(n)[None, :, None], np.arange(d)
     terms = [(i * n + k, "u", i * d + j, E[:, :, None] * X), ((i * n + k)[..., 0], "t", i[..., 0], -1.0)]
     if epsilon > 0:
-        terms.append(((i * n + k)[..., 0], "norm", i[..., 0], -epsilon))
+        terms.append(((i * n + k)[..., 0], "norm", i[..., 0], -np.broadcast_to(radius, (P, n))))
     program.add("cells", [clarabel.NonnegativeConeT(P * n)], P * n, *terms)
     every = np.arange(P * d)
     for sign in (1.0, -1.0):
@@ -99,7 +102,8 @@ def widths(X: Array, M: Array, epsilon: float, columns: Array, norm: Norm) -> tu
     norm_rows(program, "", "u", P, d, columns, norm, epsilon)
     x, _, _ = program.solve(program.objective(t=-1.0), np.zeros(program.width), 1e-10, 100)
     u = np.clip(program.value(x, "u", P, d), -1, 1)
-    return (E[:, :, None] * X * u[:, None, :]).sum(-1).min(1) - epsilon * dual_norm(u[:, columns], norm), u
+    room = (E[:, :, None] * X * u[:, None, :]).sum(-1) - radius * dual_norm(u[:, columns], norm)[:, None]
+    return room.min(1), u
 
 
 def norm_sizes(name: str, count: int, columns: Array, norm: Norm, epsilon: float) -> dict[str, int]:

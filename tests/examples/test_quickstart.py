@@ -30,7 +30,7 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     page = quickstart.main(["--tiny", "--out", str(tmp_path)])
     html = page.read_text(encoding="utf-8")
     assert page == tmp_path / "index.html"
-    assert html.count("<h2>") == 4 and html.count("data:image/png;base64,") == 17
+    assert html.count("<h2>") == 5 and html.count("data:image/png;base64,") == 21
     assert 'name="viewport"' in html and "A tiny run" in html
     links = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert all(link.startswith(("data:", "#")) for link in links)
@@ -52,6 +52,9 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     assert numbers["Sinkhorn"]["crowd"] < 1.001 < numbers["softmax"]["crowd"] and numbers["same"]
     kept = numbers["gradients"]["layer_kept"]
     assert kept[0] == kept[1] < numbers["gradients"]["kept"][0] and "DIVERGED" in numbers["statuses"]
+    numbers = json.loads((tmp_path / "relu" / "relu.json").read_text())
+    assert numbers["gap"] < 1e-9 and numbers["gradients"]["error"] < 1e-4 and min(numbers["adam"]) > -1e-9
+    assert len(numbers["trust"]) == 8 and numbers["beta"][0] != numbers["beta"][-1]
 
 
 def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
@@ -59,12 +62,11 @@ def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
 
     quickstart.main(["--list", "--out", str(tmp_path)])
     listed = capsys.readouterr().out
-    assert all(name in listed for name in ("implicit", "proximal", "conic", "transport")) and not list(
-        tmp_path.iterdir()
-    )
+    names = ("implicit", "proximal", "conic", "transport", "relu")
+    assert all(name in listed for name in names) and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         quickstart.main(["--chapter", "nothing", "--out", str(tmp_path)])
-    assert "there are: implicit, proximal, conic, transport" in capsys.readouterr().err
+    assert "there are: implicit, proximal, conic, transport, relu" in capsys.readouterr().err
 
 
 def test_page_escapes_what_it_shows(tmp_path):
@@ -102,6 +104,37 @@ def test_plans_of_both_ways_agree_where_they_have_converged():
         torch.testing.assert_close(plan, layer(cost, 0.2), rtol=0, atol=1e-9)
     found = compare(lambda p: p.square().sum((-2, -1)), cost, 0.2, tiny=True)
     assert found.error < 1e-6 < 1e-3 < found.errors[0]
+
+
+def test_unrolled_training_tends_to_the_trained_network():
+    """Steps that share no code with the layer, in value and gradient, and Adam, which ends above."""
+    import torch
+    from chapters._training_gradients import compare, descend, unrolled
+
+    from difflayers.relu import convex_gated_relu, sample_gates
+
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn((24, 3), generator=generator, dtype=torch.float64)
+    y, who = X[:, 0].sign() * X[:, 1], torch.arange(24) % 3
+    gates, beta = sample_gates(X, 6, generator=generator), torch.tensor(0.5, dtype=torch.float64)
+    trust = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)[who]
+    network = convex_gated_relu(X, y, beta, gates.vectors, sample_weight=trust)
+    steps = unrolled(X, y, trust, beta, gates, 3000)
+    torch.testing.assert_close(steps, network.v, rtol=0, atol=1e-8)
+    found = compare(X, y, trust, beta, gates, who, X[:5], y[:5].sign(), tiny=False)
+    assert found.error < 1e-6 and found.errors[-1] < 1e-3 < found.errors[0]
+    assert min(descend(X, y, trust, beta, gates, starts=3, steps=50).ends) > 0
+
+
+def test_people_are_as_careful_as_told():
+    from chapters.relu import WRONG, load
+
+    data = load(200, 20)
+    wrong = (data.said != data.right).double()
+    assert len(data.test[0]) == 1797 - 1600 - 20
+    for i, share in enumerate(WRONG):
+        assert abs(wrong[data.who == i].mean() - share) < 0.12
+    assert (data.test[1].abs() == 1).all()
 
 
 def test_process_peak_is_measured():

@@ -360,3 +360,26 @@ def test_hinge_loss_has_a_value_with_its_gradient_and_no_derivative_of_neurons()
     assert math.isclose(float(slope @ direction), (at(1e-4) - at(-1e-4)) / 2e-4, rel_tol=1e-5)
     with pytest.raises(RuntimeError, match="have no derivative here"):
         torch.autograd.grad(found.v.sum(), y)
+
+
+def test_single_precision_keeps_its_digits_where_beta_is_small():
+    X, y, _ = data(5, 40, 4)
+    gates = sample_gates(X, 30, generator=torch.Generator().manual_seed(5))
+    query, weights = normal(7, 20, 4), normal(6, 20)  # at points of the data the network has kinks
+
+    def gradients(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (X, y, torch.tensor(1e-3, dtype=X.dtype))]
+        found = convex_relu(inputs[0], inputs[1], inputs[2], gates.vectors.to(dtype))
+        return torch.autograd.grad(predict(found, query.to(dtype)) @ weights.to(dtype), inputs)
+
+    for narrow, wide in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
+        assert narrow.dtype == torch.float32
+        assert float((narrow - wide).norm()) <= 1e-3 * float(wide.norm())
+
+
+def test_rows_of_very_different_length_are_not_called_solved():
+    X, y, _ = data(9, 9, 3)
+    X[0] *= 1e8
+    with pytest.warns(SolveWarning, match="convex_relu"):
+        found = convex_relu(X, y, 0.05, sample_gates(X, 10, generator=torch.Generator().manual_seed(5)))
+    assert float(found.gap) > 0.1

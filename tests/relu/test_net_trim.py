@@ -229,3 +229,9 @@ def test_wrong_calls_name_the_argument():
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_weights_that_something_computes_are_refused():
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 4))
+    with pytest.raises(ValueError, match="layer: expected weight to be a parameter"):
+        net_trim(layer, torch.randn(10, 3, generator=torch.Generator().manual_seed(0)))
