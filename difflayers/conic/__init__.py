@@ -13,6 +13,8 @@ tensor([3.0000, 1.8000, 2.4000, 0.4263, 0.7517, 1.3254])
 tensor(True)
 """
 
+from difflayers.linalg._sparse_matrix import SparseMatrix
+
 from ._completion import Completion
 from ._completions import BallCompletion, BoxCompletion, EllipsoidCompletion, HyperbolicCompletion
 from ._cones import Cone, Free, NonNegative, Product, Zero
@@ -44,7 +46,6 @@ from ._quadratic_program import (
 from ._quadratic_program_module import QuadraticProgram
 from ._second_order import RotatedSecondOrder, SecondOrder
 from ._solver_completion import SolverCompletion
-from ._sparse_matrix import SparseMatrix
 from ._spectra import Spectrum, esrm, extremile, superquantile
 from ._spectral_risk import spectral_risk, spectral_risk_weights
 from ._torchjd import torchjd_projector

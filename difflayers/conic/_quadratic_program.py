@@ -23,13 +23,13 @@ from difflayers._solution import OnFailure, Solution
 from difflayers.implicit import solution_map, solution_map_ex
 from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast
 from difflayers.linalg._captured import gradients_wanted
+from difflayers.linalg._sparse_matrix import Matrix, SparseMatrix, is_sparse
 from difflayers.linalg._system import times
 
 from ._interior_point import InteriorPoint
 from ._moreau import Moreau
 from ._program_problem import NAMES, NDIMS, ProgramSolver, program_problem
 from ._smoothing import check_smoothing, relaxed_problem
-from ._sparse_matrix import Matrix, SparseMatrix, is_sparse
 from ._sparse_program import sparse_program
 from ._warm_program import earlier_multipliers, warm_problem
 

@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from difflayers._checks import check_tensor
 from difflayers._solution import OnFailure, Solution, check_policy
 from difflayers.linalg._autodiff import autocast_off
+from difflayers.linalg._sparse_matrix import Matrix, SparseMatrix, check_layout, is_sparse, take_apart
 from difflayers.linalg._system import times
 
 from ._moreau import Moreau
 from ._program_problem import ProgramSolver
 from ._quadratic_program import ProgramPoint, default_solver, quadratic_program, quadratic_program_ex
 from ._smoothing import check_smoothing
-from ._sparse_matrix import Matrix, SparseMatrix, check_layout, is_sparse, take_apart
 
 SHAPES = {"P": "nn", "factor": "nk", "G": "mn", "h": "m", "A": "pn", "b": "p", "x0": "n", "s0": "m"}
 NAMES = tuple(SHAPES)

@@ -18,12 +18,12 @@ from torch import Tensor
 from difflayers._checks import check_same, check_tensor, compute_dtype
 from difflayers._solution import Info, Status
 from difflayers.implicit import ImplicitProblem
+from difflayers.linalg._sparse_matrix import Pattern, SparseMatrix, take_apart
 
 from ._conic_data import VANISHED, sizes
 from ._moreau import _STATUS, Moreau
 from ._program_problem import NAMES
 from ._sparse_kkt import SparseKKT, is_semidefinite
-from ._sparse_matrix import Pattern, SparseMatrix, take_apart
 
 EXACT = 64 * np.finfo(float).eps
 POLISH_STEPS = 10

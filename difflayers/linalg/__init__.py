@@ -13,9 +13,13 @@ torch.Size([2, 2])
 
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
+from ._learned_directions import LearnedDirections
 from ._least_squares import least_squares, least_squares_ex
 from ._linear_solve import linear_solve, linear_solve_ex
 from ._operator import LinearOperator, Tag
+from ._recycled_gmres import RecycledGMRES, RecycledSpace, sort_systems
+from ._sparse_direct import SuperLU
+from ._sparse_matrix import SparseMatrix
 from ._system import LinearSolver
 
 __all__ = [
@@ -24,11 +28,17 @@ __all__ = [
     "LU",
     "QR",
     "Cholesky",
+    "LearnedDirections",
     "LinearOperator",
     "LinearSolver",
+    "RecycledGMRES",
+    "RecycledSpace",
+    "SparseMatrix",
+    "SuperLU",
     "Tag",
     "least_squares",
     "least_squares_ex",
     "linear_solve",
     "linear_solve_ex",
+    "sort_systems",
 ]

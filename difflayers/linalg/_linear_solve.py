@@ -20,7 +20,10 @@ from ._autodiff import autocast_off, lifted_under_autocast, opaque, transforms_a
 from ._captured import gradients_wanted, refuse_complex, refuse_held, refuse_probed, refuse_seen
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
+from ._learned_directions import LearnedDirections
 from ._operator import LinearOperator, MatrixSystem, OperatorSystem, Tag, check_matrix
+from ._sparse_direct import SparseSystem, SuperLU
+from ._sparse_matrix import SparseMatrix, from_coordinates, is_sparse, take_apart
 from ._system import LinearSolver, LinearSystem, Params, solve_system, with_solver
 
 DENSE_LIMIT = 64  # above, n products and an n x n factorisation cost more than a Krylov solve of a sound system
@@ -34,7 +37,7 @@ def default_solver(n: int, *, dense: bool, positive_definite: bool) -> LinearSol
 
 
 def linear_solve(
-    A: Tensor | LinearOperator,
+    A: Tensor | SparseMatrix | LinearOperator,
     b: Tensor,
     *,
     solver: LinearSolver | None = None,
@@ -44,12 +47,16 @@ def linear_solve(
     r"""Solves :math:`A x = b` with a derivative that reuses the factorisation.
 
     Args:
-        A: ``(*batch, n, n)`` matrix, or a :class:`LinearOperator` on ``(*batch, n)``.
+        A: ``(*batch, n, n)`` matrix, or a :class:`LinearOperator` on ``(*batch, n)``; a sparse matrix is a
+            :class:`SparseMatrix` with values ``(*batch, nnz)``, or a tensor ``(n, n)`` of layout ``torch.sparse_csr``
+            or ``torch.sparse_coo``, whose gradient has its layout.
         b: ``(*batch, n)`` right-hand side; batch dimensions of `A` and `b` broadcast. Several right-hand sides go in
             front: ``(k, *batch, n)``; they share one factorisation.
-        solver: ``LU()``, ``Cholesky()``, ``QR()``, ``CG()`` or ``GMRES()``. None: LU for matrices and operators up to
-            n = 64, else CG or GMRES by the operator's tags. ``Cholesky`` and ``CG`` solve with the symmetric part of a
-            matrix (a matrix that is far from symmetric is refused) and need an operator tagged positive definite.
+        solver: ``LU()``, ``Cholesky()``, ``QR()``, ``SuperLU()``, ``CG()``, ``GMRES()`` or another Krylov solver of
+            this module. None: LU for matrices and operators up to n = 64, else CG or GMRES by the operator's tags; for
+            a sparse matrix SuperLU on the CPU and GMRES elsewhere. ``Cholesky`` and ``CG`` solve with the symmetric
+            part of a matrix (a matrix that is far from symmetric is refused) and need an operator tagged positive
+            definite.
         init: ``(*batch, n)`` start of an iterative solver; carries no gradient.
         on_failure: ``"raise"`` (:class:`~difflayers.SolveError` naming the elements), ``"nan"`` (NaN for failed
             elements alone) or ``"ignore"`` (no check that reads data).
@@ -77,7 +84,11 @@ def linear_solve(
 
 
 def linear_solve_ex(
-    A: Tensor | LinearOperator, b: Tensor, *, solver: LinearSolver | None = None, init: Tensor | None = None
+    A: Tensor | SparseMatrix | LinearOperator,
+    b: Tensor,
+    *,
+    solver: LinearSolver | None = None,
+    init: Tensor | None = None,
 ) -> Solution[Tensor]:
     """As :func:`linear_solve`, returning an unchecked :class:`~difflayers.Solution`.
 
@@ -95,7 +106,7 @@ def linear_solve_ex(
 
 @opaque
 def _solve(
-    A: Tensor | LinearOperator,
+    A: Tensor | SparseMatrix | LinearOperator,
     b: Tensor,
     solver: LinearSolver | None,
     init: Tensor | None,
@@ -118,7 +129,7 @@ def _solve(
     if init is not None:
         init = check_tensor("init", init, min_ndim=1)
         check_same([("b", b), ("init", init)])
-        if isinstance(system.solver, LU | QR | Cholesky):
+        if isinstance(system.solver, LU | QR | Cholesky | SuperLU):
             raise ValueError(f"init: expected None for the direct solver {system.solver}, got a tensor")
         check_shape("init", init.shape[-1:], rhs.shape[-1:], " in its last dimension as b has")
         broadcast_batch([("b", tuple(rhs.shape[:-1])), ("init", tuple(init.shape[:-1]))])
@@ -135,10 +146,10 @@ def _solve(
 
 
 def _system(
-    A: Tensor | LinearOperator, b: Tensor, solver: LinearSolver | None, on_failure: OnFailure
+    A: Tensor | SparseMatrix | LinearOperator, b: Tensor, solver: LinearSolver | None, on_failure: OnFailure
 ) -> tuple[LinearSystem, Params]:
     n = b.shape[-1]
-    needs_symmetry = isinstance(solver, CG | Cholesky)
+    needs_symmetry = isinstance(solver, CG | Cholesky | LearnedDirections)
     if isinstance(A, LinearOperator):
         check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
         if gradients_wanted():
@@ -159,15 +170,32 @@ def _system(
             solver, A.param_ndims, on_failure=on_failure, symmetric=A.symmetric, matvec=A.matvec
         )
         return with_solver(system, solver), A.params
+    if is_sparse(A):
+        check_same([("b", b), ("A", A.values if isinstance(A, SparseMatrix) else A)])
+        if isinstance(A, Tensor) and A.layout == torch.sparse_coo:
+            A = from_coordinates("A", A)
+        pattern, values = take_apart("A", A)
+        if pattern.shape[0] != pattern.shape[1]:
+            raise ValueError(f"A: expected a square matrix, got {pattern.shape}")
+        _check_columns(pattern.shape[1], n)
+        solver = solver or (SuperLU() if values.device.type == "cpu" else GMRES())
+        system = SparseSystem(
+            solver, (1,), on_failure=on_failure, symmetric=needs_symmetry, param_names=("A",), pattern=pattern
+        )
+        return with_solver(system, solver), (lifted_under_autocast(values),)
     A = check_matrix("A", A)
     check_same([("b", b), ("A", A)])
-    if A.shape[-1] != n:
-        raise ValueError(f"b: expected {A.shape[-1]} entries in the last dimension as A has columns, got {n}")
+    _check_columns(A.shape[-1], n)
     solver = solver or default_solver(n, dense=True, positive_definite=False)
     system = MatrixSystem(solver, (2,), on_failure=on_failure, symmetric=needs_symmetry, param_names=("A",))
     if needs_symmetry and on_failure != "ignore":
         _SymmetryCheck.apply(A, type(solver).__name__)
     return with_solver(replace(system), solver), (A,)
+
+
+def _check_columns(columns: int, n: int) -> None:
+    if columns != n:
+        raise ValueError(f"b: expected {columns} entries in the last dimension as A has columns, got {n}")
 
 
 class _SymmetryCheck(torch.autograd.Function):

@@ -26,6 +26,7 @@ from difflayers.linalg import (
 )
 from difflayers.testing._case import Hostile, LayerCase, Wrong
 
+from . import _linalg_recycled, _linalg_sparse
 from ._common import normal, numbers, per_element
 
 __all__ = ["CASES"]
@@ -312,4 +313,4 @@ LEAST_SQUARES: tuple[LayerCase, ...] = (
     ),
 )
 
-CASES: tuple[LayerCase, ...] = (*LINEAR_SOLVES, *LEAST_SQUARES)
+CASES: tuple[LayerCase, ...] = (*LINEAR_SOLVES, *LEAST_SQUARES, *_linalg_sparse.CASES, *_linalg_recycled.CASES)

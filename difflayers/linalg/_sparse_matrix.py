@@ -1,7 +1,8 @@
-"""Sparse matrices as programs take them: a pattern that all elements share, and values with a gradient."""
+"""Sparse matrices: a pattern that all elements share, and values with a gradient."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import check_tensor
-from difflayers.linalg._autodiff import plain
+
+from ._autodiff import plain
 
 
 class SparseMatrix(NamedTuple):
     """A matrix in compressed sparse row format whose values are an ordinary tensor.
 
-    Where a program takes a matrix, it takes one of these. Unlike with a tensor of layout ``torch.sparse_csr``, values
-    may differ by batch element, and derivatives of every order and all transforms work, since torch sees dense tensors.
+    Where a layer takes a sparse matrix, it takes one of these. Unlike with a tensor of layout ``torch.sparse_csr``,
+    values may differ by batch element, and derivatives of every order and all transforms work, since torch sees dense
+    tensors.
 
     Attributes:
         crow_indices: ``(rows + 1)`` integers: where each row begins in the values.
@@ -26,10 +29,10 @@ class SparseMatrix(NamedTuple):
 
     Example:
         >>> import torch
-        >>> from difflayers.conic import SparseMatrix, quadratic_program
+        >>> from difflayers.linalg import SparseMatrix, linear_solve
         >>> values = torch.tensor([2.0, 4.0], requires_grad=True)
-        >>> P = SparseMatrix(torch.tensor([0, 1, 2]), torch.tensor([0, 1]), values, (2, 2))
-        >>> x = quadratic_program(P, torch.tensor([-2.0, -2.0]))
+        >>> A = SparseMatrix(torch.tensor([0, 1, 2]), torch.tensor([0, 1]), values, (2, 2))
+        >>> x = linear_solve(A, torch.tensor([2.0, 2.0]))
         >>> x, torch.autograd.grad(x.sum(), values)[0]
         (tensor([1.0000, 0.5000], grad_fn=<...>), tensor([-0.5000, -0.1250]))
     """
@@ -57,6 +60,37 @@ class Pattern:
         source, target = (self.rows, self.cols) if transpose else (self.cols, self.rows)
         terms = values * v[..., source]
         return terms.new_zeros((*terms.shape[:-1], self.shape[transpose])).index_add(-1, target, terms)
+
+    def dense(self, values: Tensor) -> Tensor:
+        """The matrix ``(*batch, rows, columns)``."""
+        r, n = self.shape
+        key = self.rows * n + self.cols
+        return values.new_zeros((*values.shape[:-1], r * n)).index_add(-1, key, values).unflatten(-1, (r, n))
+
+    @functools.cached_property
+    def transposed(self) -> tuple[Pattern, Tensor]:
+        """The pattern of the transpose, and the order in which it takes the values."""
+        r, n = self.shape
+        order = torch.argsort(self.cols * r + self.rows)
+        crow = torch.searchsorted(self.cols[order].contiguous(), torch.arange(n + 1, device=order.device))
+        return Pattern(crow, self.cols[order], self.rows[order], (n, r)), order
+
+    @functools.cached_property
+    def _mirror(self) -> tuple[int, Tensor]:
+        """Entries of ``M - M^T``, and where the values and their mirror images stand among them."""
+        n = self.shape[0]
+        keys, place = torch.unique(
+            torch.cat([self.rows * n + self.cols, self.cols * n + self.rows]), return_inverse=True
+        )
+        return len(keys), place
+
+    def skew(self, values: Tensor) -> Tensor:
+        """``(*batch)`` largest entry of ``M - M^T`` relative to the largest of M."""
+        count, place = self._mirror
+        both = torch.cat([values, -values], -1)
+        gap = values.new_zeros((*values.shape[:-1], count)).index_add(-1, place, both).abs().amax(-1)
+        size = values.abs().amax(-1)
+        return gap / torch.where(size > 0, size, 1)
 
 
 def is_sparse(M: object) -> bool:
@@ -111,31 +145,45 @@ def _pattern(name: str, crow: Tensor, cols: Tensor, values: Tensor, shape: tuple
     return Pattern(crow, rows, cols, (r, n))
 
 
+def from_coordinates(name: str, M: Tensor) -> SparseMatrix:
+    """A tensor of layout ``torch.sparse_coo``, entries of one place summed up, as a :class:`SparseMatrix`."""
+    check_tensor(name, M)
+    if M.ndim != 2 or M.dense_dim():
+        raise ValueError(f"{name}: expected a sparse matrix of two dimensions, got shape {tuple(M.shape)}")
+    with torch.no_grad():
+        rows, cols = M.detach().coalesce().indices()
+    crow = torch.searchsorted(rows.contiguous(), torch.arange(M.shape[0] + 1, device=rows.device))
+    return SparseMatrix(crow, cols, _Values.apply(M), (M.shape[0], M.shape[1]))
+
+
 class _Values(torch.autograd.Function):
-    """The values of a CSR tensor; the gradient is a CSR tensor of the same pattern.
+    """The values of a sparse tensor; the gradient is a sparse tensor of the same pattern.
 
     torch's own can be differentiated once, and loses the second derivative without a word.
     """
 
     @staticmethod
     def forward(ctx: Any, M: Tensor) -> Tensor:
-        ctx.save_for_backward(M.crow_indices(), M.col_indices())
-        ctx.size = M.shape
+        M = M if M.layout == torch.sparse_csr else M.coalesce()
+        ctx.save_for_backward(*((M.crow_indices(), M.col_indices()) if M.layout == torch.sparse_csr else M.indices()))
+        ctx.size, ctx.layout = M.shape, M.layout
         return M.values().clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
-        return _FromValues.apply(*ctx.saved_tensors, g, ctx.size)
+        return _FromValues.apply(*ctx.saved_tensors, g, ctx.size, ctx.layout)
 
 
 class _FromValues(torch.autograd.Function):
-    """A CSR tensor of values."""
+    """A sparse tensor of values."""
 
     @staticmethod
-    def forward(ctx: Any, crow: Tensor, cols: Tensor, values: Tensor, size: torch.Size) -> Tensor:
-        like = {"dtype": values.dtype, "device": values.device}
-        return torch.sparse_csr_tensor(crow, cols, values, size, check_invariants=False, **like)  # type: ignore[arg-type]
+    def forward(ctx: Any, crow: Tensor, cols: Tensor, values: Tensor, size: torch.Size, layout: torch.layout) -> Tensor:
+        like: Any = {"dtype": values.dtype, "device": values.device, "check_invariants": False}
+        if layout == torch.sparse_csr:
+            return torch.sparse_csr_tensor(crow, cols, values, size, **like)
+        return torch.sparse_coo_tensor(torch.stack([crow, cols]), values, size, is_coalesced=True, **like)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor, None]:
-        return None, None, _Values.apply(g), None
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, Tensor, None, None]:
+        return None, None, _Values.apply(g), None, None
