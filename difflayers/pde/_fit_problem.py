@@ -1,0 +1,304 @@
+r"""The constrained nonlinear least-squares problem as the engine sees it.
+
+The unknown is :math:`x = (w, \nu)` with the multipliers of the equalities, the residual the gradient of the Lagrangian,
+
+.. math:: \sum_n s_n^2 B_n^T F_n r_n + A^T S_A^2 (A w - y) + \lambda (w - w_0) + C^T \nu = 0, \qquad C w = d,
+
+with :math:`F_n = \partial F / \partial T` at :math:`T_n = T_n^0 + B_n w`, and its Jacobian the exact Hessian: that of
+Gauss and Newton leaves :math:`\sum s_n^2 r_n F_n''` out, which is wrong wherever the residual is not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difflayers._checks import check_finite
+from difflayers._solution import Info, Status
+from difflayers.implicit import ImplicitProblem, LevenbergMarquardt
+from difflayers.linalg._autodiff import autocast_off, push_forward, vjp_where
+from difflayers.linalg._direct import direct_info, solve_columns, tiny_pivots
+from difflayers.linalg._kkt import padded
+from difflayers.linalg._kkt import stationarity as linear_stationarity
+from difflayers.linalg._system import times
+
+from ._levenberg_marquardt import Fit, Found, gram_solve, minimise
+from ._pointwise import Pointwise
+
+NAMES = ("basis_terms", "offset", "weights", "A", "y", "row_weights", "ridge", "center", "C", "d", "init")
+NDIMS = (3, 2, 1, 2, 1, 1, 0, 1, 2, 1, 1)
+FACTOR_NDIMS = (2, 0, 2, 2)
+Args = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class FitProblem:
+    """What a call asks for, without its tensors.
+
+    Attributes:
+        F: The pointwise residual.
+        present: Which of `NAMES` are given.
+        param_ndims: Event dimensions of the parameters.
+        param_names: Their names in messages.
+        solver: Options of the iteration.
+        biased: Gauss-Newton in the adjoint.
+    """
+
+    F: Pointwise
+    present: tuple[bool, ...]
+    param_ndims: tuple[int, ...]
+    param_names: tuple[str, ...]
+    solver: LevenbergMarquardt
+    biased: bool
+
+    def implicit(self, name: str) -> ImplicitProblem:
+        """The problem for the engine."""
+        ndims = tuple(k for k, here in zip(NDIMS, self.present, strict=True) if here)
+        names = tuple(n for n, here in zip(NAMES, self.present, strict=True) if here)
+        constrained = self.present[NAMES.index("C")]
+        return ImplicitProblem(
+            solve=self.solve,
+            residual=self.stationarity,
+            linear_solve=self.linear_solve,
+            cotangents=self.cotangents,
+            value_ndim=1,
+            arg_ndims=(*ndims, *self.param_ndims),
+            factor_ndims=FACTOR_NDIMS if constrained else FACTOR_NDIMS[:2],
+            symmetric=True,
+            jacobian_product=self.gauss_newton_product if self.biased else None,
+            name=name,
+            arg_names=(*names, *self.param_names),
+            diagnose=_diagnose,
+        )
+
+    def unpack(self, args: Args) -> tuple[dict[str, Tensor | None], Args]:
+        """The given arguments by name, None for the others, and the parameters."""
+        queue = iter(args)
+        named = {n: next(queue) if here else None for n, here in zip(NAMES, self.present, strict=True)}
+        return named, tuple(queue)
+
+    # --------------------------------------------------------------------------------------------------- the problem
+
+    def terms(self, w: Tensor, data: dict[str, Tensor | None]) -> Tensor:
+        """``T0 + B w``."""
+        B, T0 = data["basis_terms"], data["offset"]
+        assert B is not None
+        T = times(B.flatten(-3, -2), w).unflatten(-1, B.shape[-3:-1])
+        return T if T0 is None else T + T0
+
+    def stationarity(self, x: Tensor, *args: Tensor) -> Tensor:
+        """The gradient of the Lagrangian by w and the equalities."""
+        data, params = self.unpack(args)
+        B, s = data["basis_terms"], data["weights"]
+        assert B is not None
+        with autocast_off(x):
+            w = x[..., : B.shape[-1]]
+            r, pull = self.F.pull(self.terms(w, data), params)
+            h = pull(r if s is None else (s * s).unsqueeze(-1) * r)[0]
+            top = times(B.flatten(-3, -2).mT, h.flatten(-2))
+            rest = self.quadratic_part(x, data)
+            return rest + torch.nn.functional.pad(top, (0, rest.shape[-1] - top.shape[-1]))
+
+    @staticmethod
+    def quadratic_part(x: Tensor, data: dict[str, Tensor | None]) -> Tensor:
+        """What rows, ridge and equalities add to the gradient."""
+        A, y, B = data["A"], data["y"], data["basis_terms"]
+        assert B is not None
+        if A is None or y is None:
+            A, y = B.new_zeros(0, B.shape[-1]), B.new_zeros(0)
+        rest = (data[n] for n in ("row_weights", "ridge", "center", "C", "d"))
+        return linear_stationarity(x, A, y, *rest)
+
+    def lagrangian(self, x: Tensor, *args: Tensor) -> Tensor:
+        """``(*batch)`` objective plus multipliers times equalities, which are zero at the solution."""
+        with autocast_off(x):
+            return self._lagrangian(x, *args)
+
+    def _lagrangian(self, x: Tensor, *args: Tensor) -> Tensor:
+        data, params = self.unpack(args)
+        B, A, y, ridge, C, d = (data[n] for n in ("basis_terms", "A", "y", "ridge", "C", "d"))
+        assert B is not None
+        w, nu = x[..., : B.shape[-1]], x[..., B.shape[-1] :]
+        r = self.F(self.terms(w, data), params)
+        s, row_weights, center = data["weights"], data["row_weights"], data["center"]
+        out = (r if s is None else s.unsqueeze(-1) * r).square().sum((-2, -1)) / 2
+        if A is not None and y is not None:
+            e = times(A, w) - y
+            out = out + (e if row_weights is None else row_weights * e).square().sum(-1) / 2
+        if ridge is not None:
+            out = out + ridge * (w if center is None else w - center).square().sum(-1) / 2
+        return out if C is None or d is None else out + (nu * (times(C, w) - d)).sum(-1)
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def solve(self, *args: Tensor) -> tuple[Tensor, Info, Args]:
+        """The minimiser and its multipliers, by restriction to the solutions of the equalities."""
+        x, found, factors = self.find(*args)
+        return x, Info(found.status, found.steps, found.residual), factors
+
+    def find(self, *args: Tensor) -> tuple[Tensor, Found, Args]:
+        """The same with all there is to tell."""
+        data, params = self.unpack(args)
+        B, T0, s, ridge, center, C, d = (
+            data[n] for n in ("basis_terms", "offset", "weights", "ridge", "center", "C", "d")
+        )
+        assert B is not None
+        ndims = [k for k, here in zip(NDIMS, self.present, strict=True) if here] + list(self.param_ndims)
+        batch = torch.broadcast_shapes(*(a.shape[: a.ndim - k] for a, k in zip(args, ndims, strict=True)))
+        K = B.shape[-1]
+        A, y, weights = data["A"], data["y"], data["row_weights"]
+        A, y = (B.new_zeros(0, K), B.new_zeros(0)) if A is None or y is None else (A, y)
+        if weights is not None:
+            A, y = weights.unsqueeze(-1) * A, weights * y
+        start = data["init"] if data["init"] is not None else center
+        start = B.new_zeros(K) if start is None else start
+        # a start that is not finite is none; an element with such data fails by itself
+        start = torch.where(torch.isfinite(start), start, 0).expand(*batch, K)
+        if C is None or d is None:
+            fit = Fit(self.F, params, B, T0, s, A, y, ridge, center)
+            found = minimise(fit, start, self.solver, self.biased)
+            return found.v, self.judged(found, ridge), (found.R, found.singular)
+        p = C.shape[-2]
+        Q, Rc = torch.linalg.qr(C.mT, mode="complete")
+        Rc = Rc[..., :p, :]
+        dependent = tiny_pivots(Rc.diagonal(dim1=-2, dim2=-1), torch.linalg.vector_norm(C, dim=-1))
+        Q1, Z = Q[..., :p], Q[..., p:]
+        w0 = times(Q1, lower_solve(Rc, d))
+        T = self.terms(w0, data)
+        BZ = (B.flatten(-3, -2) @ Z).unflatten(-2, B.shape[-3:-1])
+        inner = None if center is None else times(Z.mT, center)
+        fit = Fit(self.F, params, BZ, T, s, A @ Z, y - times(A, w0), ridge, inner)
+        found = minimise(fit, times(Z.mT, start), self.solver, self.biased)
+        singular = found.singular | dependent
+        status = torch.where(dependent, int(Status.SINGULAR), found.status)
+        found = self.judged(found._replace(status=status, singular=singular), ridge)
+        w = w0 + times(Z, found.v)
+        x = torch.cat(padded(w, torch.zeros_like(d)), -1)
+        gradient = self.stationarity(x, *args)[..., :K]
+        nu = upper_solve(Rc, times(Q1.mT, -gradient))
+        return torch.cat(padded(w, nu), -1), found, (found.R, singular, Q, Rc)
+
+    @staticmethod
+    def judged(found: Found, ridge: Tensor | None) -> Found:
+        """A negative ridge is an error of the caller, whatever came out."""
+        if ridge is None:
+            return found
+        return found._replace(status=torch.where(ridge < 0, int(Status.SINGULAR), found.status))
+
+    # ------------------------------------------------------------------------------------------------------- adjoint
+
+    def gauss_newton_product(self, x: Tensor, args: Args, v: Tensor, transpose: bool) -> Tensor:
+        """The Jacobian without the curvature of F."""
+        data, params = self.unpack(args)
+        B, s = data["basis_terms"], data["weights"]
+        assert B is not None
+        K = B.shape[-1]
+        T = self.terms(x[..., :K], data)
+        moved = times(B.flatten(-3, -2), v[..., :K]).unflatten(-1, B.shape[-3:-1])
+        r = push_forward(lambda T: self.F(T, params), [T], [moved])
+        h = self.F.pull(T, params)[1](r if s is None else (s * s).unsqueeze(-1) * r)[0]
+        top = times(B.flatten(-3, -2).mT, h.flatten(-2))
+        rest = push_forward(lambda x: self.quadratic_part(x, data), [x], [v])
+        return rest + torch.nn.functional.pad(top, (0, rest.shape[-1] - top.shape[-1]))
+
+    def linear_solve(self, x: Tensor, args: Args, factors: Args, rhs: Tensor, transpose: bool) -> tuple[Tensor, Info]:
+        """The KKT system with the factor of the Hessian on the null space of the equalities."""
+        R, singular, *equalities = factors
+        batch = torch.broadcast_shapes(rhs.shape[:-1], singular.shape)
+        if not equalities:
+            out = gram_solve(R, rhs)
+            return out, direct_info(singular.expand(batch), out, 1)
+        Q, Rc = equalities
+        p = Rc.shape[-1]
+        K = Q.shape[-1]
+        Q1, Z = Q[..., :p], Q[..., p:]
+        g, h = rhs[..., :K], rhs[..., K:]
+        point = x.expand(*batch, x.shape[-1])
+
+        def hessian(w: Tensor) -> Tensor:
+            v = torch.nn.functional.pad(w.expand(*batch, K), (0, p))
+            if self.biased:
+                return self.gauss_newton_product(point, args, v, False)[..., :K]
+            return push_forward(lambda x: self.stationarity(x, *args), [point], [v])[..., :K]
+
+        w = times(Q1, lower_solve(Rc, h))
+        # most cotangents ask for w alone: then there is nothing to move
+        top = g - hessian(w) if w.is_meta or bool((w != 0).any()) else g
+        w = w + times(Z, gram_solve(R, times(Z.mT, top)))
+        nu = upper_solve(Rc, times(Q1.mT, g - hessian(w)))
+        out = torch.cat(padded(w, nu), -1)
+        return out, direct_info(singular.expand(batch), out, 1)
+
+    def cotangents(self, x: Tensor, args: Args, u: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:
+        """``(dG/darg)^T u`` for a plain backward pass: two products with B and one matrix of rank two like it."""
+        data, params = self.unpack(args)
+        names = [n for n, here in zip(NAMES, self.present, strict=True) if here]
+        want = dict(zip(names, wanted, strict=False))
+        want_params = list(wanted[len(names) :])
+        B, s = data["basis_terms"], data["weights"]
+        assert B is not None
+        K = B.shape[-1]
+        w, q = x[..., :K], u[..., :K]
+        Bq = times(B.flatten(-3, -2), q).unflatten(-1, B.shape[-3:-1])
+        T = self.terms(w, data)
+
+        def pairing(T: Tensor, s: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
+            r, pull = self.F.pull(T, params)
+            h = pull((s * s).unsqueeze(-1) * r)[0]
+            return (h * Bq).sum(), h
+
+        with torch.enable_grad():
+            leaves = [t.detach() for t in (T, T.new_ones(T.shape[-2]) if s is None else s, *params)]
+            asked = [True, want.get("weights", False), *want_params]
+            for leaf, ask in zip(leaves, asked, strict=True):
+                leaf.requires_grad_(ask)
+            value, h = pairing(leaves[0], leaves[1], *leaves[2:])
+            picked = [leaf for leaf, ask in zip(leaves, asked, strict=True) if ask]
+            if value.requires_grad:
+                got = iter(torch.autograd.grad(value, picked, allow_unused=True, materialize_grads=True))
+            else:
+                got = iter([torch.zeros_like(leaf) for leaf in picked])
+            T_bar, s_bar, *params_bar = (next(got) if ask else None for ask in asked)
+        assert T_bar is not None
+        h = h.detach()
+        out: dict[str, Tensor | None] = {"offset": T_bar, "weights": s_bar}
+        if want["basis_terms"]:
+            left = torch.stack([h.flatten(-2), T_bar.flatten(-2)], -1)
+            out["basis_terms"] = _summed_product(left, torch.stack([q, w], -2), B)
+        rest = [n for n in names if want[n] and n not in ("basis_terms", "offset", "weights", "init")]
+        if rest:
+            given: list[Tensor] = [data[n] for n in rest]  # type: ignore[misc]
+            part = lambda *some: self.quadratic_part(x, data | dict(zip(rest, some, strict=True)))  # noqa: E731
+            out |= dict(zip(rest, vjp_where(part, given, [True] * len(rest), u), strict=True))
+        full = [(out.get(n) if want[n] else None) for n in names] + params_bar
+        return [None if t is None else t.sum_to_size(a.shape) for t, a in zip(full, args, strict=True)]
+
+
+def _summed_product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """``left @ right`` in the shape of `like`, summed over batch dimensions that it does not have."""
+    if like.ndim == 3 and left.ndim > 2:
+        out = left.movedim(-2, 0).flatten(1) @ right.flatten(0, -2)
+    else:
+        out = (left @ right).sum_to_size(*like.shape[:-3], left.shape[-2], like.shape[-1])
+    return out.reshape(like.shape)
+
+
+def lower_solve(R: Tensor, v: Tensor) -> Tensor:
+    """``R^-T v``."""
+    return solve_columns(lambda R, b: torch.linalg.solve_triangular(R.mT, b, upper=False), (R,), (2,), v)
+
+
+def upper_solve(R: Tensor, v: Tensor) -> Tensor:
+    """``R^-1 v``."""
+    return solve_columns(lambda R, b: torch.linalg.solve_triangular(R, b, upper=True), (R,), (2,), v)
+
+
+def _diagnose(named: Sequence[tuple[str, Tensor]]) -> None:
+    """A clearer error than that of the solver, where the input is bad."""
+    check_finite(named)
+    ridge = dict(named).get("ridge")
+    if ridge is not None and bool((ridge < 0).any()):
+        raise ValueError(f"ridge: expected at least 0, got {float(ridge.min())}")

@@ -1,0 +1,11 @@
+"""Cases of :mod:`difflayers.pde`."""
+
+from __future__ import annotations
+
+from difflayers.testing._case import LayerCase
+
+from . import _pde_conservation, _pde_constraint
+
+__all__ = ["CASES"]
+
+CASES: tuple[LayerCase, ...] = (*_pde_constraint.CASES, *_pde_conservation.CASES)
