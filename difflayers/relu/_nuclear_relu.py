@@ -26,7 +26,7 @@ from difflayers.proximal._spectral import singular
 
 from ._gated_solver import FISTA
 from ._gates import Gates
-from ._nuclear_solver import nuclear_problem
+from ._nuclear_problem import nuclear_problem
 from ._nuclear_task import as_task, products, ranks, shrunk_with_norm
 from ._training_call import TrainingCall, wide_dtype
 

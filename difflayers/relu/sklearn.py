@@ -11,6 +11,7 @@ parameters. Importing this module imports scikit-learn; nothing else of the libr
 True
 """
 
-from ._estimators import ConvexReLUClassifier, ConvexReLURegressor, GatedUnits
+from ._estimator_base import GatedUnits
+from ._estimators import ConvexReLUClassifier, ConvexReLURegressor
 
 __all__ = ["ConvexReLUClassifier", "ConvexReLURegressor", "GatedUnits"]
