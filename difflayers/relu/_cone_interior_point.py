@@ -36,6 +36,7 @@ from ._cone_problem import ConeProblem, ConeSolution, normalise, or_one
 
 _SHORT = 0.99  # of the way to the boundary
 _PATIENCE, _NEAR = 6, 1e-3  # steps without a better point, once the error is below the second
+_ROUNDING = 1e-9  # error below which two such steps are enough to say that rounding forbids more
 # beta at the start over the largest useful one, its factor on the way down, the dual residual over beta below which it
 # goes down, and the complementarity over beta that is kept meanwhile
 _FIRST, _DOWN, _TAME, _DISTANCE = 0.1, 0.1, 2.0, 1.0
@@ -101,7 +102,7 @@ class InteriorPoint:
             for ended, code in (
                 (score <= rtol, Status.CONVERGED),
                 (~torch.isfinite(score), Status.DIVERGED),
-                (since > _PATIENCE, Status.MAX_STEPS),
+                ((since > _PATIENCE) | ((since > 1) & (best_score < _ROUNDING)), Status.MAX_STEPS),
             ):
                 status = torch.where(running & ended, int(code), status)
                 running = running & ~ended
