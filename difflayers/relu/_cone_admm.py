@@ -18,6 +18,7 @@ from difflayers._solution import Status
 
 from ._cone_certificate import optimality_error
 from ._cone_finish import finish
+from ._cone_newton import solve_factor
 from ._cone_problem import ConeProblem, ConeSolution, normalise
 
 _BALANCE = 10.0  # the ratio of the residuals beyond which the penalty moves
@@ -127,7 +128,7 @@ class _Loop:
         problem, penalty = self.problem, self.penalty[..., None, None]
         b = self.pull / penalty + self.v - self.dual_v + problem.cones_adjoint(self.t - self.dual_t)
         b = self._blocks(b)
-        inner = torch.cholesky_solve((self.root * problem.fit(b))[..., None], self.L).squeeze(-1)
+        inner = solve_factor(self.L, self.root * problem.fit(b))
         u = b - self._blocks(problem.fit_adjoint(self.root * inner))
         values, moved = problem.cones(u), u + self.dual_v
         norm = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)

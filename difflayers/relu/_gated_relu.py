@@ -67,10 +67,10 @@ def convex_gated_relu(
     Raises:
         ValueError: For a beta that is not positive, a negative weight, a wrong shape or dtype, labels 0 of a logistic
             or hinge loss, NaN or Inf, naming the argument.
-        SolveError: In backward, where the active neurons depend on each other; pruning makes that an accident, but not
-            with every loss. With the hinge loss often many networks are optimal, since samples beyond the margin, or
-            well within it, hold no neuron in place; with Huber's, samples beyond the knee do not. Such a network is no
-            function of its data; its `objective` is, and has its gradient.
+        SolveError: In backward, where the active neurons depend on each other; pruning makes that an accident. With the
+            hinge loss, samples beyond the margin or well within it hold no neuron in place, with Huber's those beyond
+            the knee do not: where too few are left, the network is no function of its data. Its `objective` is, and has
+            its gradient.
 
     Differentiable in `X`, `y`, `beta` and `sample_weight`, to any order, forward and reverse, with the patterns held;
     the objective by the envelope theorem, without a linear solve. A neuron just about to become active counts as
