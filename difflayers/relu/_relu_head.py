@@ -44,7 +44,8 @@ class ConvexReLUHead(nn.Module):
         the training set call it X and y, as :func:`convex_gated_relu` does.
 
     Differentiable in all inputs and parameters, to any order, with the gates' patterns held. Kinks of ReLU units that
-    lie on training points move with them.
+    lie on training points move with them. At a beta above :func:`beta_max` the network is zero and passes no gradient:
+    training that starts there does not move.
 
     Example:
         >>> import torch
