@@ -182,6 +182,8 @@ def from_network(
 
     Source: M. Pilanci, T. Ergen, Neural Networks are Convex Regularizers, 2020, theorem 1.
     """
+    if not isinstance(network, TwoLayerReLU | GatedReLU):
+        raise ValueError(f"network: expected a TwoLayerReLU or a GatedReLU, got {type(network).__name__}")
     weight, output = network.weight.detach(), network.output.detach().unsqueeze(-1)
     gated = isinstance(network, GatedReLU)
     vectors = network.gates if isinstance(network, GatedReLU) else nn.functional.normalize(weight, dim=-1)

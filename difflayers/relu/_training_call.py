@@ -77,7 +77,10 @@ class TrainingCall:
         named = {name: lifted_under_autocast(t) for name, t in named.items()}
         check_same(named.items())
         ndims = {"X": 2, "y": 1, "sample_weight": 1, "beta": 0, "gates": 2, "warm_start": 2}
-        broadcast_batch((name, tuple(t.shape[: t.ndim - ndims[name]])) for name, t in named.items())
+        shapes = {name: tuple(t.shape[: t.ndim - ndims[name]]) for name, t in named.items()}
+        whole, start = broadcast_batch(shapes.items()), shapes.pop("warm_start", ())
+        if broadcast_batch(shapes.items()) != whole:
+            raise ValueError(f"warm_start: expected no more batch dimensions than the problem has, got {start}")
         self.dtype = y.dtype
         with autocast_off(named["X"]):
             named = {name: t.to(compute_dtype(t.dtype)) for name, t in named.items()}

@@ -383,3 +383,13 @@ def test_rows_of_very_different_length_are_not_called_solved():
     with pytest.warns(SolveWarning, match="convex_relu"):
         found = convex_relu(X, y, 0.05, sample_gates(X, 10, generator=torch.Generator().manual_seed(5)))
     assert float(found.gap) > 0.1
+
+
+def test_a_start_of_another_size_is_refused():
+    X, y, _ = data(1, 5, 2)
+    gates = normal(2, 4, 2)
+    several = convex_relu(X, y, torch.tensor([0.1, 0.2], dtype=X.dtype), gates)
+    with pytest.raises(ValueError, match="warm_start: expected no more batch dimensions"):
+        convex_relu(X, y, 0.1, gates, solver=ADMM(), warm_start=several)
+    with pytest.raises(ValueError, match="warm_start: expected a ConvexReLUSolution or None, got str"):
+        convex_relu(X, y, 0.1, gates, warm_start="earlier")  # type: ignore[arg-type]

@@ -194,3 +194,8 @@ def test_head_learns_beta_and_features():
         with torch.no_grad():
             p += h * way
         assert torch.isclose((g * way).sum(), (ends[0] - ends[1]) / (2 * h), rtol=1e-5)
+
+
+def test_what_is_no_such_network_is_refused():
+    with pytest.raises(ValueError, match="network: expected a TwoLayerReLU or a GatedReLU, got Linear"):
+        from_network(torch.nn.Linear(2, 1), X, Y, BETA)  # type: ignore[arg-type]
