@@ -147,7 +147,7 @@ class _Loop:
         if self.boxed:
             self.low, self.high = problem.loss.interval(problem.y)
             self.degree = self.degree + 2 * self.there.sum(-1)
-        self.gram = None if problem.loss.curved else gram_of(problem, problem.s)
+        self.gram = None if problem.loss.curved else gram_of(problem, problem.s, once=True)
         # the weights of samples at a kink of the loss leave few digits to a system that sums over samples
         self.narrow = problem.loss.curved and not (problem.loss.boxed and problem.X.shape[-2] <= _WIDE)
         self.beta = problem.beta

@@ -16,6 +16,7 @@ from ._cone_problem import ConeProblem
 
 # of a solve: residual relative to beta, which bounds the dual's pairs; what rounding leaves anyway; refinements
 _RESIDUAL, _ROUNDING, _REFINEMENTS = 1e-9, 1e-13, 6
+_REUSED = 1.5  # d P over n up to which a Gram matrix that is kept is worth it
 _MANY = 2  # gates for a sample beyond which inactive neurons are told from others
 _SHALLOW = 0.02  # what a direction has to leave of its block to be part of it: the rest costs too many digits
 
@@ -65,10 +66,14 @@ def _hyperbolic(a: Tensor, b: Tensor) -> Tensor:
     return ((a - norm).clamp(min=1e-300) * (a + norm)).sqrt()
 
 
-def gram_of(problem: ConeProblem, weight: Tensor) -> Tensor | None:
-    """``Z' W Z``, ``(*B, P d, P d)``; None where n is less than d P."""
+def gram_of(problem: ConeProblem, weight: Tensor, *, once: bool = False) -> Tensor | None:
+    """``Z' W Z``, ``(*B, P d, P d)``; None where a system of size n takes fewer operations.
+
+    That is where n is less than d P, or, where weights stay and this is needed `once`, less than two thirds of it: a
+    step then costs (d P)^3 / 3 against n^2 d P + n^3 / 3, by the count of operations and as measured.
+    """
     n, d = problem.X.shape[-2:]
-    if d * problem.M.shape[-1] >= n:
+    if d * problem.M.shape[-1] >= (_REUSED if once else 1) * n:
         return None
     Z = ((problem.M * weight.sqrt()[..., None])[..., None] * problem.X[..., None, :]).flatten(-2)
     return Z.mT @ Z
