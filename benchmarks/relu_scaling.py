@@ -19,6 +19,7 @@ from benchmarks.harness import ROOT
 from difflayers.relu import sample_gates
 from difflayers.relu._cone_admm import _Loop as ADMMLoop
 from difflayers.relu._cone_interior_point import _Loop as InteriorLoop
+from difflayers.relu._cone_newton import solve_factor
 from difflayers.relu._cone_problem import ConeProblem, normalise
 
 D, GATES = 20, 50
@@ -69,8 +70,9 @@ def dense_step(n: int, gates: int) -> float:
     """Seconds of the paper's solve in one step: with a factor of the whole matrix, of size 2 d P."""
     size = 2 * D * gates
     factor = torch.eye(size, dtype=torch.float64) + torch.randn(size, size, dtype=torch.float64).tril() / size
-    rhs = torch.randn(size, 1, dtype=torch.float64)
-    return least(lambda: torch.cholesky_solve(rhs, factor), 3)
+    factor = factor.mT.contiguous().mT  # column by column, as LAPACK's are
+    rhs = torch.randn(size, dtype=torch.float64)
+    return least(lambda: solve_factor(factor, rhs), 3)
 
 
 def slope(rows: list[Row], by: str, key: str) -> float:
@@ -100,7 +102,9 @@ def draw_figure(by_size: list[Row], by_gates: list[Row], dense: list[Tensor | fl
     axes[1].loglog([r["gates"] for r in by_gates], dense, "k:", marker="x", label="solve with the paper's matrix")
     axes[0].set(xlabel="samples n", ylabel="seconds", title=f"{GATES} gates, {D} inputs")
     axes[1].set(xlabel="gates P", title=f"n = {FIXED}, {D} inputs")
-    for axis in axes:
+    for axis, ticks in zip(axes, (SIZES, COUNTS), strict=True):
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.minorticks_off()
         axis.grid(alpha=0.3, which="both")
         axis.legend()
     figure.savefig(ROOT / "benchmarks" / "results" / "relu_scaling.png", dpi=120)

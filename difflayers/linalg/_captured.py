@@ -160,17 +160,24 @@ def refuse_coupling(function: Callable[[Tensor], Tensor], z: Tensor, event_ndim_
     if batch.numel() < 2:
         return False
     with torch.enable_grad():
-        z = z.detach().requires_grad_()
-        out = function(z)
-        if not out.requires_grad:  # inference mode records nothing
-            return False
+        if transforms_active():  # where no tensor may ask for a gradient
+            out, pull = torch.func.vjp(function, z.detach())
+        else:
+            z = z.detach().requires_grad_()
+            out = function(z)
+            if not out.requires_grad:  # inference mode records nothing
+                return False
+
+            def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
+                return torch.autograd.grad(out, z, cotangent, retain_graph=True)
+
         count = batch.numel()
         index = torch.arange(count, device=z.device).reshape(batch)
         weight = torch.cos(torch.arange(out.numel(), device=z.device, dtype=z.dtype)).reshape(out.shape) + 1.5
         halves = [(index >> bit) % 2 == 1 for bit in range((count - 1).bit_length())]
         for chosen in (*halves, *(~half for half in halves)):
             mask = chosen.reshape(chosen.shape + (1,) * (out.ndim - chosen.ndim))
-            (g,) = torch.autograd.grad(out, z, torch.where(mask, weight, 0), retain_graph=True)
+            (g,) = pull(torch.where(mask, weight, 0))
             leak = torch.where(chosen.unsqueeze(-1), 0, g)
             if bool((torch.isfinite(leak) & (leak != 0)).any()):
                 raise ValueError(

@@ -18,12 +18,27 @@ cubic satisfies ``u'' = -1`` with ``u(0) = u(1) = 0``, and its middle follows th
 (tensor(0.1250, dtype=torch.float64),)
 """
 
+from ._conditions import Dirichlet, Initial, Neumann, Periodic, Robin
 from ._conservation import (
     Conservation,
     conservation_operator,
     conserve,
     conserve_ex,
     conserved_log_likelihood,
+)
+from ._constraint import ConstrainedField, PDEConstraint
+from ._declaration import PDE, Box
+from ._derivatives import FiniteDifference, Jvp, Spectral
+from ._equations import (
+    Advection,
+    Burgers,
+    DiffusionSorption,
+    GeneralizedPorousMedium,
+    Heat,
+    Helmholtz,
+    NavierStokes2D,
+    Poisson,
+    safe_power,
 )
 from ._exact_solutions import (
     advection_solution,
@@ -48,10 +63,34 @@ from ._residual_least_squares import (
     residual_least_squares_ex,
     residual_least_squares_value,
 )
+from ._samplers import Fixed, Grid, Sobol
 
 __all__ = [
+    "PDE",
+    "Advection",
+    "Box",
+    "Burgers",
     "Conservation",
+    "ConstrainedField",
+    "DiffusionSorption",
+    "Dirichlet",
+    "FiniteDifference",
+    "Fixed",
+    "GeneralizedPorousMedium",
+    "Grid",
+    "Heat",
+    "Helmholtz",
+    "Initial",
+    "Jvp",
+    "NavierStokes2D",
+    "Neumann",
+    "PDEConstraint",
+    "Periodic",
+    "Poisson",
     "ResidualSolution",
+    "Robin",
+    "Sobol",
+    "Spectral",
     "advection_solution",
     "barenblatt_solution",
     "cached_reference",
@@ -69,6 +108,7 @@ __all__ = [
     "residual_least_squares",
     "residual_least_squares_ex",
     "residual_least_squares_value",
+    "safe_power",
     "stefan_mass",
     "stefan_solution",
     "viscous_burgers_solution",

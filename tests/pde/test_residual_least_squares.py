@@ -387,3 +387,13 @@ def test_a_captured_tensor_is_refused():
     nu = torch.tensor(0.3, dtype=F64, requires_grad=True)
     with pytest.raises(ValueError, match=r"residual: .*captures.*`params`"):
         residual_least_squares(normal(200, N, 2, K), lambda u, p: u[..., 1] - nu * u[..., 0])
+
+
+def test_a_residual_is_looked_at_first_inside_a_transform():
+    """Points that see each other are found there too; a closure that is pointwise works."""
+    B = torch.randn(2, 5, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    c = 1.0
+    found = torch.func.vmap(lambda B: residual_least_squares(B, lambda u, p: u[..., 0] - c))(B)
+    torch.testing.assert_close(found, residual_least_squares(B, lambda u, p: u[..., 0] - c))
+    with pytest.raises(ValueError, match="residual: expected a pointwise function"):
+        torch.func.vmap(lambda B: residual_least_squares(B, lambda u, p: u[..., 0] - u[..., 0].mean(-1, True) * c))(B)
