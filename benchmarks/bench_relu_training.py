@@ -136,7 +136,7 @@ class Peer:
         reached = (runs[self.rate] / self.ours).sort().values
         good = int((reached <= 1 + TARGET).sum())
         self.told = f"{good} of {STARTS} starts get there; best {reached[0]:.4f}, median {reached.median():.4f}, "
-        self.told += f"worst {reached[-1]:.4f} of ours" + (f"; rate {self.rate:g}" if len(self.rates) > 1 else "")
+        self.told += f"worst {reached[-1]:.5g} of ours" + (f"; rate {self.rate:g}" if len(self.rates) > 1 else "")
 
 
 def small() -> tuple[str, Task, Callable[[Tensor], Gates]]:
