@@ -30,7 +30,7 @@ from ._relu_problem import Neurons, certificate, lagrangian, relu_problem
 from ._relu_solution import ConvexReLUSolution
 from ._robust_relu import ClarabelSolver, robust_convex_relu, robust_convex_relu_ex
 from ._robustness import LInf, Robustness
-from ._training_call import TrainingCall, WarmStart
+from ._training_call import TrainingCall, WarmStart, without_failed
 
 ConeMethod = InteriorPoint | ADMM | AugmentedLagrangian
 
@@ -182,12 +182,9 @@ def _present(call: TrainingCall, value: Tensor, tolerant: bool) -> ConvexReLUSol
     with autocast_off(value):
         bad = torch.isnan(value.detach()).any(-1).any(-1) if tolerant else None
         point = value
-        if bad is not None:  # nothing of a failed element may reach the gradients of arguments that others share
-            X, y, s, beta, M = args
+        if bad is not None:
             point = torch.where(bad[..., None, None], 0, value)
-            X, y = torch.where(bad[..., None, None], 0, X), torch.where(bad[..., None], 0, y)
-            s, beta = torch.where(bad[..., None], 1, s), torch.where(bad, 1, beta)
-            args = X, y, s, beta, M
+            args = (*without_failed(bad, *args[:4]), args[4])
         objective = envelope(partial(lagrangian, call.loss), point, args)
         with torch.no_grad():
             gap, margin = certificate(call.loss, point.detach(), tuple(t.detach() for t in args))

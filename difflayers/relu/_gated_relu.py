@@ -28,7 +28,7 @@ from ._gates import Gates
 from ._hinge_problem import hinge_problem, lagrangian, split
 from ._losses import Loss
 from ._relu_solution import ConvexReLUSolution
-from ._training_call import TrainingCall
+from ._training_call import TrainingCall, without_failed
 
 
 def convex_gated_relu(
@@ -140,12 +140,9 @@ def _present(call: TrainingCall, value: Tensor, tolerant: bool) -> ConvexReLUSol
         u = value if smooth else split(value, n, d)[0]
         bad = torch.isnan(u.detach()).any(-1).any(-1) if tolerant else None
         point = value
-        if bad is not None:  # nothing of a failed element may reach the gradients of arguments that others share
-            X, y, s, beta, M = args
+        if bad is not None:
             point = torch.where(bad[..., None, None] if smooth else bad[..., None], 0, value)
-            X, y = torch.where(bad[..., None, None], 0, X), torch.where(bad[..., None], 0, y)
-            s, beta = torch.where(bad[..., None], 1, s), torch.where(bad, 1, beta)
-            args = X, y, s, beta, M
+            args = (*without_failed(bad, *args[:4]), args[4])
         objective = envelope(partial(_objective if smooth else lagrangian, call.loss), point, args)
         with torch.no_grad():
             task = as_task(call.loss, *(t.detach() for t in args))

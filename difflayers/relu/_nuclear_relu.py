@@ -28,7 +28,7 @@ from ._gated_solver import FISTA
 from ._gates import Gates
 from ._nuclear_problem import nuclear_problem
 from ._nuclear_task import as_task, products, ranks, shrunk_with_norm
-from ._training_call import TrainingCall, wide_dtype
+from ._training_call import TrainingCall, wide_dtype, without_failed
 
 
 class VectorReLUSolution(NamedTuple):
@@ -348,12 +348,10 @@ def _present(call: TrainingCall, U: Tensor, tolerant: bool) -> VectorReLUSolutio
     args = call.args[:5]
     with autocast_off(U):
         bad, point = None, U
-        if tolerant:  # nothing of a failed element may reach the gradients of arguments that others share
+        if tolerant:
             bad = torch.isnan(U.detach()).flatten(-3).any(-1)
-            X, Y, s, beta, M = args
             point = torch.where(bad[..., None, None, None], 0, U)
-            X, Y = (torch.where(bad[..., None, None], 0, t) for t in (X, Y))
-            args = X, Y, torch.where(bad[..., None], 1, s), torch.where(bad, 1, beta), M
+            args = (*without_failed(bad, *args[:4], y_ndim=2), args[4])
         objective = envelope(_objective, point, args)
         with torch.no_grad():
             gap = objective.detach() - as_task(*(t.detach() for t in args)).lower_bound(point.detach())

@@ -38,7 +38,7 @@ from ._relu_solution import ConvexReLUSolution
 from ._robust_program import Kind, RobustData, solve_robust
 from ._robust_rows import Norm
 from ._robustness import Robustness, check_robustness
-from ._training_call import TrainingCall, for_solver
+from ._training_call import TrainingCall, for_solver, without_failed
 
 NAMES = ("X", "y", "sample_weight", "beta", "gates", "epsilon")
 NDIMS = (2, 1, 1, 0, 2, 0)
@@ -320,10 +320,9 @@ def _present(
     with autocast_off(X):
         bad = torch.isnan(value.detach()).any(-1) if tolerant else None
         point = value
-        if bad is not None:  # nothing of a failed element may reach the gradients of arguments that others share
+        if bad is not None:
             point = torch.where(bad[..., None], 0, value)
-            X, y = torch.where(bad[..., None, None], 0, X), torch.where(bad[..., None], 0, y)
-            s, beta = torch.where(bad[..., None], 1, s), torch.where(bad, 1, beta)
+            X, y, s, beta = without_failed(bad, X, y, s, beta)
             epsilon = torch.where(bad, 0, epsilon)
         lagrangian = partial(_lagrangian, kind, replace(robustness, epsilon=0.0))
         objective = envelope(lagrangian, point, (X, y, s, beta, M, epsilon))

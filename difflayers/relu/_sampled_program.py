@@ -35,7 +35,7 @@ from ._gated_task import GatedTask
 from ._gates import Gates
 from ._losses import Loss, Squared
 from ._relu_solution import ConvexReLUSolution
-from ._training_call import TrainingCall, WarmStart, for_solver
+from ._training_call import TrainingCall, WarmStart, for_solver, without_failed
 
 NAMES = ("X", "y", "sample_weight", "beta", "directions", "warm_start")
 Args = tuple[Tensor, ...]
@@ -284,11 +284,8 @@ def _present(call: _Call, a: Tensor, tolerant: bool) -> ConvexReLUSolution:
     with autocast_off(a):
         bad = torch.isnan(a.detach()).any(-1).any(-1)
         point = torch.where(bad[..., None, None], 0, a)
-        if tolerant:  # nothing of a failed element may reach the gradients of arguments that others share
-            X, y, s, beta, U = args
-            X, y = torch.where(bad[..., None, None], 0, X), torch.where(bad[..., None], 0, y)
-            s, beta = torch.where(bad[..., None], 1, s), torch.where(bad, 1, beta)
-            args = X, y, s, beta, U
+        if tolerant:
+            args = (*without_failed(bad, *args[:4]), args[4])
         objective = envelope(partial(_objective, call.loss), point, args)
         with torch.no_grad():
             task = as_task(call.loss, *_gated(*(t.detach() for t in args)))

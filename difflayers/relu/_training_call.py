@@ -105,6 +105,17 @@ def check_beta(beta: Any, like: Tensor) -> Tensor:
     return beta
 
 
+Data = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def without_failed(bad: Tensor, X: Tensor, y: Tensor, s: Tensor, beta: Tensor, *, y_ndim: int = 1) -> Data:
+    """The data with harmless numbers in failed elements: nothing of those may reach gradients that others share."""
+    each = bad[..., None]
+    labels = each if y_ndim == 1 else each[..., None]
+    X, y = torch.where(each[..., None], 0, X), torch.where(labels, 0, y)
+    return X, y, torch.where(each, 1, s), torch.where(bad, 1, beta)
+
+
 def for_solver(args: Sequence[Tensor], ndims: Sequence[int]) -> tuple[torch.Size, Tensor, list[Tensor]]:
     """What a solver gets of ``(X, y, s, beta, M)`` and further numbers: the batch, its sound elements, the arguments.
 
