@@ -100,7 +100,8 @@ def jvp_where(f: Callable[..., Tensor], primals: Sequence[Any], tangents: Sequen
     picked = [i for i, t in enumerate(tangents) if t is not None]
     if not picked:
         return None
-    moving = [t for t in tangents if t is not None]
+    # primals are expanded over the batch where a failed element was masked, and their tangents are not
+    moving = [t.expand_as(primals[i]) for i, t in enumerate(tangents) if t is not None]
     return push_forward(_restrict(f, primals, picked), [primals[i] for i in picked], moving)
 
 

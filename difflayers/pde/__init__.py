@@ -26,7 +26,8 @@ from ._conservation import (
     conserve_ex,
     conserved_log_likelihood,
 )
-from ._constraint import ConstrainedField, PDEConstraint
+from ._constraint import PDEConstraint
+from ._darcy import Darcy, darcy_reference
 from ._declaration import PDE, Box
 from ._derivatives import FiniteDifference, Jvp, Spectral
 from ._equations import (
@@ -51,6 +52,11 @@ from ._exact_solutions import (
     stefan_solution,
     viscous_burgers_solution,
 )
+from ._experts import DomainExperts
+from ._field import ConstrainedField, ExpertField
+from ._figures import plot_field
+from ._gates import HardBoxes, PartitionOfUnity
+from ._interface import Continuity
 from ._reference_solvers import (
     cached_reference,
     diffusion_sorption_reference,
@@ -64,6 +70,7 @@ from ._residual_least_squares import (
     residual_least_squares_value,
 )
 from ._samplers import Fixed, Grid, Sobol
+from ._training import TrainingHistory, train
 
 __all__ = [
     "PDE",
@@ -72,12 +79,17 @@ __all__ = [
     "Burgers",
     "Conservation",
     "ConstrainedField",
+    "Continuity",
+    "Darcy",
     "DiffusionSorption",
     "Dirichlet",
+    "DomainExperts",
+    "ExpertField",
     "FiniteDifference",
     "Fixed",
     "GeneralizedPorousMedium",
     "Grid",
+    "HardBoxes",
     "Heat",
     "Helmholtz",
     "Initial",
@@ -85,12 +97,14 @@ __all__ = [
     "NavierStokes2D",
     "Neumann",
     "PDEConstraint",
+    "PartitionOfUnity",
     "Periodic",
     "Poisson",
     "ResidualSolution",
     "Robin",
     "Sobol",
     "Spectral",
+    "TrainingHistory",
     "advection_solution",
     "barenblatt_solution",
     "cached_reference",
@@ -98,11 +112,13 @@ __all__ = [
     "conserve",
     "conserve_ex",
     "conserved_log_likelihood",
+    "darcy_reference",
     "diffusion_sorption_reference",
     "gaussian_random_field",
     "heat_solution",
     "inviscid_burgers_solution",
     "navier_stokes_reference",
+    "plot_field",
     "porous_medium_mass",
     "porous_medium_solution",
     "residual_least_squares",
@@ -111,5 +127,6 @@ __all__ = [
     "safe_power",
     "stefan_mass",
     "stefan_solution",
+    "train",
     "viscous_burgers_solution",
 ]

@@ -25,6 +25,7 @@ class Block(NamedTuple):
         combination: Coefficients and names of terms.
         value: Right-hand side.
         exact: Holds exactly, not in the least-squares sense.
+        field: Name of the field.
         paired: See `upper`.
     """
 
@@ -34,6 +35,7 @@ class Block(NamedTuple):
     combination: tuple[tuple[Coefficient, str], ...]
     value: Value
     exact: bool
+    field: str
     paired: bool = False
 
 
@@ -159,7 +161,7 @@ class Initial(Condition):
         term = f"{field}_{time}" if self.order else field
         name = "initial" if len(pde.fields) == 1 else f"initial {field}"
         label = name + (" velocity" if self.order else "")
-        return [Block(label, pde.coords.index(time), False, ((1.0, term),), self.value, self.exact)]
+        return [Block(label, pde.coords.index(time), False, ((1.0, term),), self.value, self.exact, field)]
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ class Periodic(Condition):
             raise ValueError(f"order: expected an integer of at least 0, got {self.order!r}")
         terms = [field, *(f"{field}_{self.coordinate * k}" for k in range(1, self.order + 1))]
         return [
-            Block(f"periodic {term} {self.coordinate}", axis, False, ((1.0, term),), 0.0, self.exact, True)
+            Block(f"periodic {term} {self.coordinate}", axis, False, ((1.0, term),), 0.0, self.exact, field, True)
             for term in terms
         ]
 
@@ -210,6 +212,7 @@ def _on_sides(
             combination(field, coordinate),
             given.value,
             given.exact,
+            field,
         )
         for upper in ends
     ]

@@ -84,6 +84,7 @@ class PDE:
     Args:
         domain: Another box than the class has.
         conditions: Other conditions.
+        scales: Other typical sizes.
         **params: Other parameters: numbers, tensors of shape ``(*batch, 1)`` or ``(*batch, N)`` or 0-dimensional, or
             functions of points ``(N, d)`` that return ``(*batch, N)``. None: the caller of the layer has to pass it.
 
@@ -94,6 +95,8 @@ class PDE:
         terms: The terms that `residual` uses.
         params: The parameters with their values.
         conditions: See :class:`Dirichlet`, :class:`Neumann`, :class:`Robin`, :class:`Initial`, :class:`Periodic`.
+        scales: Typical sizes by which rows are divided, so that they weigh alike in any units: of the equation, as
+            ``"residual"``, and of fields, by name, for their conditions. 1 where left out.
         time: Name of the coordinate that :class:`Initial` means.
 
     Raises:
@@ -122,10 +125,16 @@ class PDE:
     terms: tuple[str, ...] = ()
     params: Mapping[str, Any] = MappingProxyType({})
     conditions: tuple[Condition, ...] = ()
+    scales: Mapping[str, float] = MappingProxyType({})
     time: ClassVar[str] = "t"
 
     def __init__(
-        self, *, domain: Box | None = None, conditions: tuple[Condition, ...] | None = None, **params: Any
+        self,
+        *,
+        domain: Box | None = None,
+        conditions: tuple[Condition, ...] | None = None,
+        scales: Mapping[str, float] | None = None,
+        **params: Any,
     ) -> None:
         if domain is not None:
             self.domain = domain
@@ -139,6 +148,12 @@ class PDE:
                 f"{type(self).__name__}, got another name"
             )
         self.params = {**self.params, **params}
+        self.scales = {**self.scales, **(scales or {})}
+        for name, size in self.scales.items():
+            if name not in ("residual", *self.fields):
+                raise ValueError(f"scales: expected names of residual, {', '.join(self.fields)}, got {name!r}")
+            if not 0 < size < math.inf:
+                raise ValueError(f"scales[{name!r}]: expected a number above 0, got {size!r}")
         if conditions is not None:
             self.conditions = tuple(conditions)
         self.blocks: tuple[Block, ...] = tuple(block for c in self.conditions for block in _checked(c).blocks(self))
@@ -197,6 +212,10 @@ class PDE:
             word.append(first[0])
             tail = tail[len(self.coords[first[0]]) :]
         return self.fields.index(field), tuple(sorted(word))
+
+    def scale(self, name: str) -> float:
+        """The typical size of the residual or of a field."""
+        return self.scales.get(name, 1.0)
 
     def field(self, name: str | None) -> str:
         """The field a condition means."""

@@ -174,7 +174,7 @@ class _OnGrid:
             out.append(v if event == 1 else v.select(-2, field))
         stacked = torch.stack([v.flatten(-1 - d, -2) for v in out], -2)
         index = None if place is None else place.indices
-        return stacked if index is None else stacked.index_select(-3, index)
+        return stacked if index is None else stacked.index_select(-3, index.flatten()).unflatten(-3, index.shape)
 
 
 class FiniteDifference(_OnGrid):

@@ -22,7 +22,7 @@ def independent_rows(C: Tensor, d: Tensor, owners: Sequence[str]) -> tuple[Tenso
         owners: The condition that each row comes from, for messages.
 
     Returns:
-        The rows and their right-hand sides; None where all rows are zero.
+        The rows and their right-hand sides, zero in elements that have fewer; None where all rows are zero.
     """
     K = C.shape[-1]
     order, rank, misfit = identify(_pivots, C, d, ndims=(2, 1), found_ndims=(1, 0, 1))
@@ -37,7 +37,7 @@ def independent_rows(C: Tensor, d: Tensor, owners: Sequence[str]) -> tuple[Tenso
                 f"contradiction in {owners[worst]!r}: conditions that disagree (at a corner?), or values that the "
                 "basis cannot take; fewer boundary points, a richer basis, or weighted rows (exact=False) help"
             )
-        p = int(plain.max())
+        p = max(int(plain.max()), int((plain < 0).any()))  # elements with NaN keep theirs, to be reported by the solver
     if p == 0:
         return None
     if p >= K:
@@ -46,7 +46,10 @@ def independent_rows(C: Tensor, d: Tensor, owners: Sequence[str]) -> tuple[Tenso
             "boundary points, or weighted rows (exact=False)"
         )
     keep = order[..., :p]
-    return C.gather(-2, keep.unsqueeze(-1).expand(*keep.shape, K)), d.gather(-1, keep)
+    # picked in the order of what they add: dependent ones come last
+    mine = (torch.arange(p, device=rank.device) < rank.unsqueeze(-1)) | (rank.unsqueeze(-1) < 0)
+    rows, right = C.gather(-2, keep.unsqueeze(-1).expand(*keep.shape, K)), d.gather(-1, keep)
+    return torch.where(mine.unsqueeze(-1), rows, 0), torch.where(mine, right, 0)
 
 
 def _pivots(C: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,4 +81,4 @@ def _pivots(C: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         basis = torch.cat([basis, q], -2)
         rank = rank + alive.squeeze(-1)
     misfit = gap.abs() / (10 * tol * (allowed + w2.sqrt())).clamp_min(torch.finfo(C.dtype).tiny).unsqueeze(-1)
-    return torch.cat(order, -1), torch.where(sane, rank, 0), torch.where(sane.unsqueeze(-1), misfit, 0)
+    return torch.cat(order, -1), torch.where(sane, rank, -1), torch.where(sane.unsqueeze(-1), misfit, 0)

@@ -20,11 +20,12 @@ from difflayers._checks import check_finite
 from difflayers._solution import Info, Status
 from difflayers.implicit import ImplicitProblem, LevenbergMarquardt
 from difflayers.linalg._autodiff import autocast_off, push_forward, vjp_where
-from difflayers.linalg._direct import direct_info, solve_columns, tiny_pivots
+from difflayers.linalg._direct import direct_info
 from difflayers.linalg._kkt import padded
 from difflayers.linalg._kkt import stationarity as linear_stationarity
 from difflayers.linalg._system import times
 
+from ._equality_rows import EqualityRows, is_row
 from ._levenberg_marquardt import Fit, Found, gram_solve, minimise
 from ._pointwise import Pointwise
 
@@ -109,8 +110,15 @@ class FitProblem:
         assert B is not None
         if A is None or y is None:
             A, y = B.new_zeros(0, B.shape[-1]), B.new_zeros(0)
-        rest = (data[n] for n in ("row_weights", "ridge", "center", "C", "d"))
-        return linear_stationarity(x, A, y, *rest)
+        s, ridge, center, C, d = (data[n] for n in ("row_weights", "ridge", "center", "C", "d"))
+        if C is None or d is None:
+            return linear_stationarity(x, A, y, s, ridge, center, None, None)
+        # a row of zeros is none: its multiplier is zero, and nothing depends on its entries
+        real = is_row(C)
+        C, d = torch.where(real.unsqueeze(-1), C, 0), torch.where(real, d, 0)
+        out = linear_stationarity(x, A, y, s, ridge, center, C, d)
+        K = B.shape[-1]
+        return out + torch.nn.functional.pad(torch.where(real, 0, x[..., K:]), (K, 0))
 
     def lagrangian(self, x: Tensor, *args: Tensor) -> Tensor:
         """``(*batch)`` objective plus multipliers times equalities, which are zero at the solution."""
@@ -161,25 +169,26 @@ class FitProblem:
             fit = Fit(self.F, params, B, T0, s, A, y, ridge, center)
             found = minimise(fit, start, self.solver, self.biased)
             return found.v, self.judged(found, ridge), (found.R, found.singular)
-        p = C.shape[-2]
-        Q, Rc = torch.linalg.qr(C.mT, mode="complete")
-        Rc = Rc[..., :p, :]
-        dependent = tiny_pivots(Rc.diagonal(dim1=-2, dim2=-1), torch.linalg.vector_norm(C, dim=-1))
-        Q1, Z = Q[..., :p], Q[..., p:]
-        w0 = times(Q1, lower_solve(Rc, d))
+        Q, Rc, dependent, free = EqualityRows.factorise(C)
+        split = EqualityRows.of(C, Q, Rc, free)
+        Z, w0 = split.Z, split.particular(d)
         T = self.terms(w0, data)
         BZ = (B.flatten(-3, -2) @ Z).unflatten(-2, B.shape[-3:-1])
         inner = None if center is None else times(Z.mT, center)
-        fit = Fit(self.F, params, BZ, T, s, A @ Z, y - times(A, w0), ridge, inner)
+        A, y = A @ Z, y - times(A, w0)
+        if free > Z.shape[-2] - C.shape[-2]:
+            idle = split.idle()
+            A, y = _stacked(A, idle, 2), _stacked(y, idle[..., 0] * 0, 1)
+        fit = Fit(self.F, params, BZ, T, s, A, y, ridge, inner)
         found = minimise(fit, times(Z.mT, start), self.solver, self.biased)
-        singular = found.singular | dependent
-        status = torch.where(dependent, int(Status.SINGULAR), found.status)
+        bad = dependent | (~is_row(C) & (d != 0)).any(-1)  # nothing solves 0 w = 1
+        singular = found.singular | bad
+        status = torch.where(bad, int(Status.SINGULAR), found.status)
         found = self.judged(found._replace(status=status, singular=singular), ridge)
         w = w0 + times(Z, found.v)
         x = torch.cat(padded(w, torch.zeros_like(d)), -1)
         gradient = self.stationarity(x, *args)[..., :K]
-        nu = upper_solve(Rc, times(Q1.mT, -gradient))
-        return torch.cat(padded(w, nu), -1), found, (found.R, singular, Q, Rc)
+        return torch.cat(padded(w, split.multipliers(-gradient)), -1), found, (found.R, singular, Q, Rc)
 
     @staticmethod
     def judged(found: Found, ridge: Tensor | None) -> Found:
@@ -212,9 +221,11 @@ class FitProblem:
             out = gram_solve(R, rhs)
             return out, direct_info(singular.expand(batch), out, 1)
         Q, Rc = equalities
-        p = Rc.shape[-1]
-        K = Q.shape[-1]
-        Q1, Z = Q[..., :p], Q[..., p:]
+        C = self.unpack(args)[0]["C"]
+        assert C is not None
+        K, p = Q.shape[-1], Rc.shape[-1]
+        split = EqualityRows.of(C, Q, Rc, R.shape[-1])
+        Z = split.Z
         g, h = rhs[..., :K], rhs[..., K:]
         point = x.expand(*batch, x.shape[-1])
 
@@ -224,11 +235,11 @@ class FitProblem:
                 return self.gauss_newton_product(point, args, v, False)[..., :K]
             return push_forward(lambda x: self.stationarity(x, *args), [point], [v])[..., :K]
 
-        w = times(Q1, lower_solve(Rc, h))
+        w = split.particular(h)
         # most cotangents ask for w alone: then there is nothing to move
         top = g - hessian(w) if w.is_meta or bool((w != 0).any()) else g
         w = w + times(Z, gram_solve(R, times(Z.mT, top)))
-        nu = upper_solve(Rc, times(Q1.mT, g - hessian(w)))
+        nu = split.multipliers(g - hessian(w), h)
         out = torch.cat(padded(w, nu), -1)
         return out, direct_info(singular.expand(batch), out, 1)
 
@@ -286,14 +297,11 @@ def _summed_product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     return out.reshape(like.shape)
 
 
-def lower_solve(R: Tensor, v: Tensor) -> Tensor:
-    """``R^-T v``."""
-    return solve_columns(lambda R, b: torch.linalg.solve_triangular(R.mT, b, upper=False), (R,), (2,), v)
-
-
-def upper_solve(R: Tensor, v: Tensor) -> Tensor:
-    """``R^-1 v``."""
-    return solve_columns(lambda R, b: torch.linalg.solve_triangular(R, b, upper=True), (R,), (2,), v)
+def _stacked(top: Tensor, bottom: Tensor, event_ndim: int) -> Tensor:
+    """Rows below rows, for the batch of both."""
+    batch = torch.broadcast_shapes(top.shape[: top.ndim - event_ndim], bottom.shape[: bottom.ndim - event_ndim])
+    parts = [t.expand(*batch, *t.shape[t.ndim - event_ndim :]) for t in (top, bottom)]
+    return torch.cat(parts, -event_ndim)
 
 
 def _diagnose(named: Sequence[tuple[str, Tensor]]) -> None:

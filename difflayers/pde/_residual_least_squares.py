@@ -88,7 +88,8 @@ def residual_least_squares(
         rows: ``(A, y)``, or ``(A, y, row_weights)``, of shapes ``(*batch, m, K)``, ``(*batch, m)`` and ``(*batch, m)``:
             linear conditions in the least-squares sense, such as boundary and initial values.
         equality: ``(C, d)`` of shapes ``(*batch, p, K)`` and ``(*batch, p)``: linear conditions that hold exactly, with
-            independent rows and p < K.
+            independent rows and p < K. A row of C that is exactly zero, with d = 0, is none: its multiplier is zero.
+            So elements may have different numbers of rows.
         ridge: At least 0, a number or a tensor ``(*batch)``. Needed where basis functions depend on each other.
         center: ``(*batch, K)`` point the ridge pulls to; zero if None.
         init: ``(*batch, K)`` start of the iteration, no gradient flows to it; `center` if None.
@@ -108,8 +109,8 @@ def residual_least_squares(
         SolveError: For an element that diverged, or whose minimiser is not unique.
 
     Differentiable in every tensor argument but `init`, to any order, forward and reverse. The ridge is differentiable
-    at values above 0. An element that stopped before it was stationary gives a :class:`~difflayers.SolveWarning`.
-    Memory does not grow with the steps.
+    at values above 0; the derivative by the entries of a row of zeros in C, and of d there, is zero. An element that
+    stopped before it was stationary gives a :class:`~difflayers.SolveWarning`. Memory does not grow with the steps.
 
     Example:
         >>> import torch

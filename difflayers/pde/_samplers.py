@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,10 +18,46 @@ from ._declaration import PDE, Box
 
 
 class Place(NamedTuple):
-    """``(*batch, N, d)`` points, and which points of a grid they are (None: all of it, or no grid)."""
+    """Points, of one domain or divided among experts.
+
+    Attributes:
+        points: ``(*batch, N, d)``; divided: ``(E, N, d)``, or ``(1, N, d)`` where all experts have the same.
+        indices: Which nodes of a grid they are, in the shape of the points; None: all of it, or no grid.
+        present: ``(E, N)``: points that are there, the others fill the shape up; None: all of them.
+        chosen: ``(E, N)``: which of the `whole` points of the undivided place they are; None without such a place.
+        whole: Number of the points that tensors of values refer to; None: those of `points`.
+        divided: Among experts.
+    """
 
     points: Tensor
     indices: Tensor | None = None
+    present: Tensor | None = None
+    chosen: Tensor | None = None
+    whole: int | None = None
+    divided: bool = False
+
+    @property
+    def numbers(self) -> int:
+        """Number of points that tensors of values refer to."""
+        return self.points.shape[-2] if self.whole is None else self.whole
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values ``(*batch, 1)`` or ``(*batch, numbers)`` in a shape that broadcasts with ``(*batch, E, N)``."""
+        if not self.divided:
+            return values
+        if values.shape[-1] == 1 or self.chosen is None:
+            return values.unsqueeze(-2)
+        return values.index_select(-1, self.chosen.flatten()).unflatten(-1, self.chosen.shape)
+
+
+class Sampler(Protocol):
+    """What chooses points inside a domain and on its faces."""
+
+    def interior(self, pde: PDE, like: Tensor) -> Place:
+        """Points inside."""
+
+    def face(self, pde: PDE, axis: int, upper: bool, like: Tensor) -> Place:
+        """Points on a face."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +94,7 @@ class Sobol:
     def interior(self, pde: PDE, like: Tensor) -> Place:
         """Points inside."""
         low, high = pde.domain.ends(like)
-        return Place(low + (high - low) * _unit(len(pde.coords), self.points, self.seed, like))
+        return Place(low + (high - low) * unit_points(len(pde.coords), self.points, self.seed, like))
 
     def face(self, pde: PDE, axis: int, upper: bool, like: Tensor) -> Place:
         """Points on a face, opposite each other on opposite ones."""
@@ -66,12 +103,20 @@ class Sobol:
         if d == 1:
             return Place(end)
         rest = [i for i in range(d) if i != axis]
-        inner = low[rest] + (high - low)[rest] * _unit(d - 1, self.boundary, self.seed + 1 + axis, like)
+        inner = low[rest] + (high - low)[rest] * unit_points(d - 1, self.boundary, self.seed + 1 + axis, like)
         return Place(torch.cat([inner[:, :axis], end.expand(self.boundary, 1), inner[:, axis:]], -1))
 
 
-def _unit(d: int, n: int, seed: int, like: Tensor) -> Tensor:
-    return torch.quasirandom.SobolEngine(d, scramble=True, seed=seed).draw(n, dtype=torch.float64).to(like)
+def unit_points(d: int, n: int, seed: int, like: Tensor) -> Tensor:
+    """``(n, d)`` quasi-random points in the unit box."""
+    return _drawn(d, n, seed).to(like)
+
+
+@functools.lru_cache(maxsize=256)
+def _drawn(d: int, n: int, seed: int) -> Tensor:
+    """Drawn once, on the CPU, and outside of any transform, which would take the numbers for its own."""
+    with torch._C._DisableFuncTorch(), torch.inference_mode(False), torch.device("cpu"):
+        return torch.quasirandom.SobolEngine(d, scramble=True, seed=seed).draw(n, dtype=torch.float64)
 
 
 class Fixed:

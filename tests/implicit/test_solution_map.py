@@ -358,3 +358,19 @@ def test_second_derivative_of_one_number_without_a_batch():
     a = torch.tensor(4.0, dtype=torch.float64)
     found = torch.autograd.functional.hessian(lambda a: solution_map(root, (a,)), a)
     torch.testing.assert_close(found, -0.25 * a**-1.5)
+
+
+def test_forward_mode_where_a_failed_element_shares_an_argument():
+    def solve(a, b):
+        product = a * b
+        status = torch.where(product > 0, int(Status.CONVERGED), int(Status.DIVERGED))
+        return product.abs().sqrt(), Info(status, torch.ones_like(status), torch.zeros_like(product)), ()
+
+    root = ImplicitProblem(solve=solve, residual=lambda z, a, b: z * z - a * b, value_ndim=0, arg_ndims=(0, 0))
+    a = torch.tensor([[1.0, 4.0, -1.0], [9.0, 16.0, 25.0]], dtype=torch.float64)
+    b = torch.tensor([[2.0], [3.0]], dtype=torch.float64)
+    value, tangent = torch.func.jvp(lambda b: solution_map(root, (a, b), on_failure="nan"), (b,), (torch.ones_like(b),))
+    failed = a * b < 0
+    expected = (a / b).abs().sqrt() / 2
+    assert torch.isnan(value[failed]).all() and torch.isnan(tangent[failed]).all()
+    torch.testing.assert_close(tangent[~failed], expected[~failed], rtol=1e-14, atol=0)
