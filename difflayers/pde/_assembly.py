@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from difflayers._checks import check_same
+from difflayers.linalg._system import times
 
 from ._conditions import Block
 from ._declaration import PDE
@@ -130,7 +131,7 @@ class Assembly:
 
     def terms(self, w: Tensor) -> dict[str, Tensor]:
         """``(*batch, N)`` terms of the field with coefficients ``(*batch, K)``."""
-        T = weighed(self.B, w[..., None, None, :])
+        T = weighed(self.B, w, 2)
         return dict(zip(self.recipe.pde.terms, (T if self.T0 is None else T + self.T0).unbind(-1), strict=True))
 
     @torch.no_grad()
@@ -160,14 +161,20 @@ def assemble(
     return Assembly(recipe, inside, B, T0, named, weights, rows)
 
 
-def weighed(basis: Tensor, w: Tensor) -> Tensor:
-    """The sum over basis functions, the last dimension.
+def weighed(basis: Tensor, w: Tensor, dims: int) -> Tensor:
+    """The sum over basis functions ``(*batch, ..., K)`` with coefficients that lack the `dims` dimensions before K.
 
     Where coefficients are NaN, so is the field, by their sum alone: NaN times a zero cotangent would be NaN, and spoil
     the gradient of a network that other elements share.
     """
     lost = torch.isnan(w).any(-1)
-    return torch.where(lost, w.sum(-1), (basis * torch.where(lost.unsqueeze(-1), 0, w)).sum(-1))
+    clean, total = torch.where(lost.unsqueeze(-1), 0, w), w.sum(-1)
+    if dims == 0:
+        return torch.where(lost, total, (basis * clean).sum(-1))
+    shape = basis.shape[-1 - dims : -1]
+    out = times(basis.flatten(-1 - dims, -2), clean).unflatten(-1, shape)
+    wide = (..., *(None,) * dims)
+    return torch.where(lost[wide], total[wide], out)
 
 
 def averaging(present: Tensor | None, like: Tensor) -> Tensor:

@@ -58,11 +58,11 @@ class Evaluator:
 
     def _mixed(self, u: Tensor, w: Tensor, flat: Tensor, event: int, shape: tuple[int, ...]) -> Tensor:
         if self.tiling is None:
-            return weighed(u, w[(..., *(None,) * event, slice(None))]).unflatten(-event, shape)
+            return weighed(u, w, event).unflatten(-event, shape)
         index, share = self.tiling.mix(flat)
         c = w.index_select(-2, index.flatten()).unflatten(-2, index.shape)  # (*batch, M, s, K)
         c = c.squeeze(-2) if share is None else (c * share.unsqueeze(-1)).sum(-2)
-        return weighed(u, c if event == 1 else c.unsqueeze(-2)).unflatten(-event, shape)
+        return weighed(u, c, event - 1).unflatten(-event, shape)
 
 
 @dataclass(frozen=True)
