@@ -124,9 +124,6 @@ class Assembly:
         some = [r for r in self.rows if r.block.exact]
         if not some:
             return None
-        some = [
-            r if r.present is None else r._replace(A=r.A * r.present.unsqueeze(-1), y=r.y * r.present) for r in some
-        ]
         return independent_rows(*joined(some), [r.block.label for r in some for _ in range(r.y.shape[-1])])
 
     def terms(self, w: Tensor) -> dict[str, Tensor]:
@@ -281,7 +278,10 @@ def _rows(
     A = at(lambda where: recipe.derivatives.terms(basis, where, pde, names))
     if offset is not None:
         y = y - at(lambda where: recipe.offset_terms(offset, where, names).unsqueeze(-1)).squeeze(-1)
-    return Rows(block, A, y.expand(*y.shape[:-1], A.shape[-2]), place.present)
+    y = y.expand(*y.shape[:-1], A.shape[-2])
+    if place.present is not None:  # what is not there may be anything, and 0 times NaN is NaN
+        A, y = torch.where(place.present.unsqueeze(-1), A, 0), torch.where(place.present, y, 0)
+    return Rows(block, A, y, place.present)
 
 
 def joined(rows: list[Rows]) -> tuple[Tensor, Tensor]:

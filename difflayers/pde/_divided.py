@@ -124,11 +124,15 @@ def _placed(points: Tensor, axis: int, at: Tensor) -> Place:
 
 
 def _padded(place: Place, member: Tensor, rows: Sequence[int] | None = None) -> Place:
-    """Members of every row in their order, filled up with others to the length of the longest."""
+    """Members of every row in their order, filled up by their first one to the length of the longest.
+
+    Not by members of other rows, whose data may be bad. A row without any has another's first: nobody reads that.
+    """
     counts = member.sum(-1, keepdim=True)
     n = member.shape[-1] if member.is_meta else max(int(physical(counts).max()), 1)
     chosen = torch.argsort((~member).to(torch.uint8), dim=-1, stable=True)[:, :n]
     present = torch.arange(n, device=member.device) < counts
+    chosen = torch.where(present, chosen, chosen[:, :1])
     if rows is not None:
         chosen, present = chosen[list(rows)], present[list(rows)]
     indices = chosen if place.indices is None else place.indices[chosen]

@@ -40,7 +40,7 @@ def plot_field(
 
     Fields of one coordinate become curves, those of two coordinates images, those of three rows of images at some
     values of the first coordinate. Of a :class:`ConstrainedField` the residual is drawn at the points where the
-    equation was enforced, of another function on the grid. Boxes of experts have white borders.
+    equation was enforced, of another function on the grid. The boxes of experts are outlined.
 
     Args:
         field: A :class:`ConstrainedField`, a function (a network) of points ``(M, d)`` that returns ``(*batch, M)``, or
@@ -89,7 +89,9 @@ def plot_field(
         view = _View(pde, (index,) if isinstance(index, int) else tuple(index), pde.fields.index(chosen))
         axes, kept = _axes(field, reference, pde, grid, resolution), None
         if d == 3:
-            kept = torch.linspace(0, len(axes[0]) - 1, min(snapshots, len(axes[0])), device="cpu").round().long()
+            first = axes[0].cpu()
+            wanted = first[0] + (first[-1] - first[0]) * torch.linspace(0, 1, snapshots, device="cpu")
+            kept = (first - wanted[:, None].to(first)).abs().argmin(-1).unique()
         u, points = view.values("field", field, axes, kept)
         panels = [_Panel(names[chosen], u, "field")]
         if reference is not None:
@@ -300,7 +302,7 @@ def _draw_images(
             for box in boxes:
                 if times is None or box.bounds[0][0] <= float(times[j]) <= box.bounds[0][1]:
                     (a, b), (c, e) = box.bounds[-2:]
-                    axis.plot([a, b, b, a, a], [c, c, e, e, c], color="w", lw=1.5)
+                    axis.plot([a, b, b, a, a], [c, c, e, e, c], color="k" if panel.kind == "error" else "w", lw=1.2)
             axis.set(xlim=plane[0], ylim=plane[1])
             if places:
                 axis.set_aspect("equal")

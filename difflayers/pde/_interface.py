@@ -105,7 +105,7 @@ class Seams:
             shape = A.shape[-5:-2]
             average = averaging(sides[0].present, sides[0].points[..., 0]).expand(shape[:-1])
             if sides[0].present is not None:
-                A = A * sides[0].present[..., None, None, None]
+                A = torch.where(sides[0].present[..., None, None, None], A, 0)
             right = gaps[0] + gaps[1] if gaps and sides[0] is not sides[1] else like.new_zeros(shape)
             rows.append(A.flatten(-5, -3))
             rights.append(right.flatten(-3))

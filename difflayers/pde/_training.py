@@ -68,9 +68,9 @@ def train(
             modules with buffers. Give the network here in any case: ``torch.load(checkpoint)["state"]`` has it then.
         scheduler: Of the learning rate, advanced after every step (``ReduceLROnPlateau``: with the loss).
         max_norm: Gradients with a larger Euclidean norm, over all parameters, are scaled down to it.
-        checkpoint: File to go on from if it exists. It is written every `every` steps, at the end, and where an
-            exception or Ctrl-C ends a step before its update; a file is never left half written. Processes of one run
-            need a file each.
+        checkpoint: File to go on from if it exists; learning rate and other settings of optimizer and scheduler are
+            then those of the file. It is written every `every` steps, at the end, and where an exception or Ctrl-C ends
+            a step before its update; it is never left half written. Processes of one run need a file each.
         every: Steps between two checkpoints, at least 1.
         generator: A generator from which `loss` draws.
         progress: Show a progress bar.
@@ -106,10 +106,8 @@ def train(
     run = _Run(loss, optimizer, dict(state or {}), scheduler, max_norm, generator)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        run.restore(path)
+        run.restore(path, steps)
     resumed = run.done
-    if steps < resumed:
-        raise ValueError(f"steps: expected at least the {resumed} that the checkpoint has done, got {steps}")
     bar: Any = nullcontext()
     if progress:
         from tqdm import tqdm
@@ -155,7 +153,9 @@ class _Run:
     def __post_init__(self) -> None:
         self.parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         device = next((p.device for p in self.parameters if p.device.type != "cpu"), None)
-        self.device = None if device is None else (device, torch.get_device_module(device))
+        # one device for all, of which mps alone does not ask which
+        self.device: Any = None if device is None else torch.get_device_module(device)
+        self.which = () if device is None or device.type == "mps" else (device,)
         self.before = self.random(), self.buffers()
 
     @property
@@ -168,7 +168,7 @@ class _Run:
         if self.generator is not None:
             found["generator"] = self.generator.get_state()
         if self.device is not None:
-            found["device"] = self.device[1].get_rng_state(self.device[0])
+            found["device"] = self.device.get_rng_state(*self.which)
         return found
 
     def rewind(self, random: Mapping[str, Tensor]) -> None:
@@ -176,7 +176,7 @@ class _Run:
         if self.generator is not None:
             self.generator.set_state(random["generator"])
         if self.device is not None and "device" in random:
-            self.device[1].set_rng_state(random["device"], self.device[0])
+            self.device.set_rng_state(random["device"], *self.which)
 
     def buffers(self) -> dict[str, dict[str, Any]]:
         """Copies of what a forward pass may change: all of the state that the optimizer does not update."""
@@ -226,7 +226,7 @@ class _Run:
         if not math.isfinite(number := float(value.detach())):
             raise FloatingPointError(f"the loss is {number} {hint}")
         value.backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [g.coalesce().values() if g.is_sparse else g for p in self.parameters if (g := p.grad) is not None]
         if not gradients:
             raise ValueError("loss: expected a tensor that depends on the parameters of the optimizer, got another")
         if not all(g.isfinite().all() for g in gradients):
@@ -272,25 +272,25 @@ class _Run:
         try:
             torch.save(content, unfinished)
             if not self.readable:  # better now than after the interruption
-                torch.load(unfinished, map_location="cpu", weights_only=True)
+                _loaded(Path(unfinished), "state: expected tensors, numbers, strings and containers of them")
                 self.readable = True
             os.replace(unfinished, path)
         except BaseException:
             os.unlink(unfinished)
             raise
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, steps: int) -> None:
         """Goes on from a file."""
-        try:
-            kept = torch.load(path, map_location="cpu", weights_only=True)
-            found = kept["run"]
-        except Exception as error:
-            raise ValueError(f"checkpoint: expected a file that train wrote, or none, got {path} ({error})") from None
+        kept = _loaded(path, f"checkpoint: expected a file that train wrote, or none, got {path}")
+        found = kept["run"]
         for name, value in self.shapes().items():
             if found.get(name) != value:
                 raise ValueError(
                     f"checkpoint: expected one of this run, with {name} {value}, got {found.get(name)} in {path}"
                 )
+        done = kept["losses"].shape[-1]
+        if steps < done:
+            raise ValueError(f"steps: expected at least the {done} that the checkpoint has done, got {steps}")
         with torch.no_grad():
             for p, value in zip(self.parameters, kept["parameters"], strict=True):
                 p.copy_(value)
@@ -303,3 +303,11 @@ class _Run:
         self.losses, self.rates = kept["losses"].tolist()
         self.seconds = kept["seconds"]
         self.before = self.random(), self.buffers()
+
+
+def _loaded(path: Path, expected: str) -> dict[str, Any]:
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        return {**kept, "run": kept["run"]}
+    except Exception as error:
+        raise ValueError(f"{expected} ({error})") from None
