@@ -49,8 +49,8 @@ class DomainExperts(nn.Module):
         points of all experts.
 
     Raises:
-        ValueError: As :class:`PDEConstraint`; for an expert without points, and a coordinate that is periodic but
-            divided without `continuity`.
+        ValueError: As :class:`PDEConstraint`; for an expert without points, and a :class:`Periodic` condition on a
+            coordinate that is divided among experts which only have what they touch.
         SolveError: For an expert that diverged or whose minimiser is not unique, with its index.
 
     Differentiable as :class:`PDEConstraint`, to any order; under a mesh first derivatives, reverse. A failed expert

@@ -123,7 +123,8 @@ class ExpertField(ConstrainedField):
         present: ``(E, N)`` booleans: points that count; None: all of them.
         boxes: The box of every expert, with what it shares with others.
         seams: Pairs of neighbours.
-        jumps: ``(*batch, S)`` root mean square of the difference of neighbours on each of the seams, as numbers.
+        jumps: ``(*batch, S)`` root mean square of the difference of neighbours on each of the seams, as numbers; on a
+            grid at the first nodes of the upper box.
 
     Example:
         >>> import torch
