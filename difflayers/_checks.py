@@ -85,13 +85,16 @@ def default_rtol(rtol: float | None, dtype: torch.dtype) -> float:
 
 
 def check_options(solver: Any, **least: int) -> None:
-    """Refuses a tolerance `rtol` below 0 and numbers of steps below the `least` ones, in the options of a solver."""
-    rtol = solver.rtol
-    if rtol is not None and not (isinstance(rtol, int | float) and rtol >= 0):
-        raise ValueError(f"rtol: expected None or a number of at least 0, got {rtol!r}")
+    """Refuses, in the options of a solver, tolerances below 0 and numbers of steps below the `least` ones."""
+    for name in ("rtol", "atol"):
+        got = getattr(solver, name, None)
+        if got is not None and not (isinstance(got, int | float) and got >= 0):
+            raise ValueError(f"{name}: expected None or a number of at least 0, got {got!r}")
+    if "check_every" not in least and getattr(solver, "check_every", None) is not None:
+        least = {**least, "check_every": 1}
     for name, number in least.items():
         got = getattr(solver, name)
-        if not isinstance(got, int) or got < number:
+        if isinstance(got, bool) or not isinstance(got, int) or got < number:
             raise ValueError(f"{name}: expected an integer of at least {number}, got {got!r}")
 
 

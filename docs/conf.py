@@ -51,8 +51,10 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(abc|collections|contextlib|cvxpy|enum|numpy|optree|os|torch|typing)\..*"),
     # Private types in the signatures of methods that only authors of solvers override.
     (r"py:.*", r"difflayers\.(\w+\.)*_\w+\.\w+"),
+    # Types of what only the library makes, and of what is imported for type checkers alone.
+    (r"py:class", r"Evaluator|Block|Seam|Figure"),
     # Type variables and short aliases in signatures, which have no page of their own.
-    (r"py:(class|obj)", r"(.*\.)?(T|Tensor|Tree|PyTree|Callable|Any|Params|OnFailure|Function|Inputs)"),
+    (r"py:(class|obj)", r"(.*\.)?(T|Tensor|Tree|PyTree|Callable|Any|Params|OnFailure|Function|Inputs|Values)"),
 ]
 
 

@@ -6,9 +6,11 @@ Data for a neural operator of porous-medium flow are solutions of many systems t
 
 with log kappa a random smooth field. Restarted GMRES forgets what it learned about the operator at every restart and
 at every system. RecycledGMRES keeps the directions that slow it down, from cycle to cycle, and from system to system;
-it gains most where the next system is near the last one, so the sequence is sorted first. Products with the matrix are
-counted, those that bring recycled directions into a new system among them (SciPy's count has also the one that measures
-the residual at a restart, about one in thirty), and every solution is compared with SuperLU.
+it gains most where the next system is near the last one, so the sequence is sorted first. All search in 40 dimensions
+at a time, for which RecycledGMRES stores twice as many vectors as SciPy's GMRES, which is therefore run with 80
+dimensions as well. Products with the matrix are counted, those that bring recycled directions into a new system among
+them (SciPy's count has also the one that measures the residual at a restart, one in 40 or fewer), and every solution is
+compared with SuperLU.
 
     python examples/plot_recycled_krylov.py [--systems 40] [--out out/recycled_krylov]
 
@@ -32,8 +34,8 @@ RTOL = 1e-8
 RESTART, RECYCLE = 40, 10
 VELOCITY = 2.0
 MODES = 2  # smooth modes of log kappa in each direction
-WAYS = ("restarted GMRES", "deflated, within a system", "recycled, as drawn", "recycled, sorted")
-COLOURS = ("#8a8f98", "#9bb8d9", "#d9822b", "#1f5fa8")
+WAYS = ("GMRES", "GMRES, twice the memory", "deflated, within a system", "recycled, as drawn", "recycled, sorted")
+COLOURS = ("#8a8f98", "#b9bdc4", "#9bb8d9", "#d9822b", "#1f5fa8")
 
 
 def permeabilities(count: int, size: int) -> Tensor:
@@ -85,8 +87,8 @@ def run(A: SparseMatrix, b: Tensor, exact: Tensor, way: str, order: Tensor) -> d
     solver = RecycledGMRES(rtol=RTOL, restart=RESTART, recycle=RECYCLE, space=space, max_steps=5000)
     for i in tqdm(order.tolist(), desc=way, mininterval=1.0):
         start = time.perf_counter()
-        if way == WAYS[0]:
-            value, count = scipy_gmres(at(A, i), b)
+        if way in WAYS[:2]:
+            value, count = scipy_gmres(at(A, i), b, RESTART * (1 + WAYS.index(way)))
         else:
             solution = linear_solve_ex(at(A, i), b, solver=solver)
             assert bool(solution.converged), f"system {i}: {solution.residual}"
@@ -98,8 +100,8 @@ def run(A: SparseMatrix, b: Tensor, exact: Tensor, way: str, order: Tensor) -> d
     return {"products": products, "seconds": seconds}
 
 
-def scipy_gmres(A: SparseMatrix, b: Tensor) -> tuple[Tensor, int]:
-    """The peer: SciPy's GMRES with as many vectors and the same tolerance."""
+def scipy_gmres(A: SparseMatrix, b: Tensor, restart: int) -> tuple[Tensor, int]:
+    """The peer: SciPy's GMRES with the same tolerance."""
     from scipy import sparse
     from scipy.sparse.linalg import LinearOperator, gmres
 
@@ -112,7 +114,7 @@ def scipy_gmres(A: SparseMatrix, b: Tensor) -> tuple[Tensor, int]:
         return M @ v
 
     operator = LinearOperator(A.shape, matvec=product, dtype=np.float64)
-    x, info = gmres(operator, b.numpy(), rtol=RTOL, restart=RESTART, maxiter=500)
+    x, info = gmres(operator, b.numpy(), rtol=RTOL, restart=restart, maxiter=500)
     assert info == 0
     return torch.from_numpy(x), count
 
@@ -174,9 +176,9 @@ def main() -> None:
     print("products a system: " + ", ".join(f"{way} {value:.1f}" for way, value in means.items()))
     print("milliseconds a system: " + ", ".join(f"{way} {1e3 * value:.0f}" for way, value in seconds.items()))
     print(f"{time.perf_counter() - start:.0f} s; figure and numbers in {options.out}")
-    assert means[WAYS[2]] < 0.8 * means[WAYS[0]]
+    assert means[WAYS[3]] < 0.8 * means[WAYS[1]] < 0.8 * means[WAYS[0]]
     if options.systems >= 40:  # neighbours are near enough then
-        assert means[WAYS[3]] < means[WAYS[2]] < 0.8 * means[WAYS[1]] < 0.6 * means[WAYS[0]]
+        assert means[WAYS[4]] < means[WAYS[3]] < 0.8 * means[WAYS[2]] < 0.7 * means[WAYS[1]]
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ torch.Size([2, 2])
 
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
-from ._learned_directions import LearnedDirections
+from ._learned_directions import LearnedDirections, ritz_residuals
 from ._least_squares import least_squares, least_squares_ex
 from ._linear_solve import linear_solve, linear_solve_ex
+from ._minres import MINRES
 from ._operator import LinearOperator, Tag
 from ._recycled_gmres import RecycledGMRES, RecycledSpace, sort_systems
 from ._sparse_direct import SuperLU
@@ -26,6 +27,7 @@ __all__ = [
     "CG",
     "GMRES",
     "LU",
+    "MINRES",
     "QR",
     "Cholesky",
     "LearnedDirections",
@@ -40,5 +42,6 @@ __all__ = [
     "least_squares_ex",
     "linear_solve",
     "linear_solve_ex",
+    "ritz_residuals",
     "sort_systems",
 ]

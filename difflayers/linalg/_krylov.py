@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difflayers._checks import default_rtol
+from difflayers._checks import check_options, default_rtol
 from difflayers._solution import Info, Status
 
 from ._system import LinearSolver, LinearSystem, Params
@@ -75,36 +75,38 @@ class CG(LinearSolver):
     check_every: int | None = 1
     preconditioner: Preconditioner | None = None
 
+    def __post_init__(self) -> None:
+        check_options(self, max_steps=0)
+
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
     ) -> tuple[Tensor, Info]:
         product = system.operator(params, rhs, transpose)
-        precondition = self.preconditioner or (lambda params, r: r)
         length, rhs, init, tol = _scaled(rhs, init, self.atol, self.rtol)
         x = torch.zeros_like(rhs) if init is None else init
         r = rhs if init is None else rhs - product(x)
-        z = precondition(params, r)
+        z = self.preconditioner(params, r) if self.preconditioner else r
         p, rz, norm = z, _dot(r, z), _norm(r)
         active = norm > tol
-        broken = torch.zeros_like(active)
         steps = torch.zeros(norm.shape, dtype=torch.int64, device=rhs.device)
         for k in range(self.max_steps):
             if self.check_every and k % self.check_every == 0 and not bool(active.any()):
                 break
             Ap = product(p)
             curvature = _dot(p, Ap)
-            broken = broken | (active & (curvature <= 0))
-            active = active & ~broken
-            alpha = torch.where(active, rz / torch.where(active, curvature, 1), 0)
-            x = x + alpha * p
-            r = r - alpha * Ap
-            z = precondition(params, r)
+            active = active & (curvature > 0)
+            alpha = torch.where(active, rz / curvature, 0)
+            x = torch.addcmul(x, alpha, p)
+            r = torch.addcmul(r, alpha, Ap, value=-1)
+            z = self.preconditioner(params, r) if self.preconditioner else r
             rz_new = _dot(r, z)
-            p = z + torch.where(active, rz_new / torch.where(active, rz, 1), 0) * p
+            p = torch.addcmul(z, torch.where(active, rz_new / rz, 0), p)
             rz = rz_new
             steps = steps + active
-            norm = _norm(r)
+            norm = _norm(r) if self.preconditioner else rz.sqrt()
             active = active & (norm > tol)
+        # of those that have ended, what is above the tolerance met a direction without curvature
+        broken = ~active & (norm > tol)
         return _finish(x, _norm(rhs - product(x)), tol, steps, broken, length, ~active)
 
 
@@ -136,6 +138,9 @@ class GMRES(LinearSolver):
     restart: int = 30
     check_every: int | None = 1
     preconditioner: Preconditioner | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self, max_steps=0, restart=1)
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None

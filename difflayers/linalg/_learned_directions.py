@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_options
+from difflayers._checks import check_finite, check_options, check_tensor
 from difflayers._solution import Info
 
 from ._krylov import _dot, _finish, _norm, _scaled
@@ -23,7 +23,7 @@ class LearnedDirections(LinearSolver):
     the norm of the map never increases, whatever the network says; with the identity for a network the method is
     conjugate gradients. Where a proposal is not finite or brings nothing new, the residual takes its place. How fast it
     converges is up to the network: a bad one needs many steps, and ends in a warning. The derivative of a solve is that
-    of ``A x = b`` and never goes through the network; :meth:`loss` trains it.
+    of ``A x = b`` and never goes through the network; :meth:`loss` trains it, on :func:`ritz_residuals`.
 
     Args:
         network: ``fn(r)`` from residuals of unit length ``(*batch, n)`` to directions of that shape, each element
@@ -66,7 +66,10 @@ class LearnedDirections(LinearSolver):
         r = residuals / torch.where(_norm(residuals) > 0, _norm(residuals), 1)
         f = self.network(r)
         Af = product(f)
-        return (r - _dot(f, r) / _dot(f, Af) * Af).square().sum(-1)
+        curvature = _dot(f, Af)
+        flat = curvature == 0  # a proposal, or a residual, of zeros leaves all of the residual
+        step = torch.where(flat, 0, _dot(f, r) / torch.where(flat, 1, curvature))
+        return (r - step * Af).square().sum(-1)
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
@@ -124,3 +127,73 @@ class LearnedDirections(LinearSolver):
         if q.shape != r.shape:
             raise ValueError(f"network: expected directions of shape {tuple(r.shape)}, got {tuple(q.shape)}")
         return q.to(r.dtype)
+
+
+@torch.no_grad()
+def ritz_residuals(
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    count: int,
+    *,
+    vectors: int = 64,
+    weight: float = 9.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    r"""Residuals on which a network learns directions: random mixtures of approximate eigenvectors.
+
+    The iteration leaves most of what belongs to small eigenvalues, which random vectors hardly contain. So Lanczos'
+    method finds Ritz vectors, and the lower half of the spectrum gets more weight.
+
+    Args:
+        product: The symmetric map, ``(n)`` to that shape.
+        start: ``(n)`` vector from which Lanczos begins, for example a right-hand side; says dtype and device.
+        count: How many residuals.
+        vectors: Ritz vectors, at most n; fewer where the start contains fewer eigenvectors. All are kept in memory.
+        weight: Of the lower half, relative to the upper.
+        generator: Of the random numbers, on the device of `start`.
+
+    Returns:
+        ``(count, n)`` vectors of unit length.
+
+    Raises:
+        ValueError: For a start that is zero or not a vector, NaN or Inf, or numbers below 1.
+
+    Not differentiable.
+
+    Example:
+        >>> import torch
+        >>> from difflayers.linalg import ritz_residuals
+        >>> d = torch.linspace(1, 9, 50)
+        >>> r = ritz_residuals(lambda v: d * v, torch.ones(50), 10, generator=torch.Generator().manual_seed(0))
+        >>> r.shape, bool(((d * r * r).sum(-1) < 4).all())
+        (torch.Size([10, 50]), True)
+
+    Source: A. Kaneda et al., A deep conjugate direction method for iteratively solving linear systems, 2023 (section on
+    training data); C. Lanczos, 1950.
+    Departure: Lanczos vectors are made orthogonal to all earlier ones, twice, so that no Ritz vector is found again.
+    """
+    check_tensor("start", start, min_ndim=1)
+    check_finite([("start", start)])
+    for name, number in (("count", count), ("vectors", vectors)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}: expected an integer of at least 1, got {number!r}")
+    length = torch.linalg.vector_norm(start)
+    if start.ndim != 1 or not bool(length > 0):
+        raise ValueError(f"start: expected a vector that is not zero, got shape {tuple(start.shape)}")
+    Q, steps = (start / length).unsqueeze(0), min(vectors, len(start))
+    images = []
+    while True:
+        w = product(Q[-1])
+        images.append(w)
+        size = torch.linalg.vector_norm(w)
+        for _ in range(2):
+            w = w - (Q @ w) @ Q
+        left = torch.linalg.vector_norm(w)
+        if len(Q) == steps or not bool(left > 100 * torch.finfo(w.dtype).eps * size):
+            break
+        Q = torch.cat([Q, (w / left).unsqueeze(0)])
+    T = Q @ torch.stack(images).mT
+    _, S = torch.linalg.eigh((T + T.mT) / 2)  # ascending
+    c = torch.randn(count, len(Q), generator=generator, dtype=start.dtype, device=start.device)
+    c[:, : (len(Q) + 1) // 2] *= weight
+    return torch.nn.functional.normalize(c @ (S.mT @ Q), dim=-1)

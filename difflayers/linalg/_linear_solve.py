@@ -21,6 +21,7 @@ from ._captured import gradients_wanted, refuse_complex, refuse_held, refuse_pro
 from ._direct import LU, QR, Cholesky
 from ._krylov import CG, GMRES
 from ._learned_directions import LearnedDirections
+from ._minres import MINRES
 from ._operator import LinearOperator, MatrixSystem, OperatorSystem, Tag, check_matrix
 from ._sparse_direct import SparseSystem, SuperLU
 from ._sparse_matrix import SparseMatrix, from_coordinates, is_sparse, take_apart
@@ -52,11 +53,11 @@ def linear_solve(
             or ``torch.sparse_coo``, whose gradient has its layout.
         b: ``(*batch, n)`` right-hand side; batch dimensions of `A` and `b` broadcast. Several right-hand sides go in
             front: ``(k, *batch, n)``; they share one factorisation.
-        solver: ``LU()``, ``Cholesky()``, ``QR()``, ``SuperLU()``, ``CG()``, ``GMRES()`` or another Krylov solver of
-            this module. None: LU for matrices and operators up to n = 64, else CG or GMRES by the operator's tags; for
-            a sparse matrix SuperLU on the CPU and GMRES elsewhere. ``Cholesky`` and ``CG`` solve with the symmetric
-            part of a matrix (a matrix that is far from symmetric is refused) and need an operator tagged positive
-            definite.
+        solver: ``LU()``, ``Cholesky()``, ``QR()``, ``SuperLU()``, ``CG()``, ``MINRES()``, ``GMRES()`` or another Krylov
+            solver of this module. None: LU for matrices and operators up to n = 64, else CG or GMRES by the operator's
+            tags; for a sparse matrix SuperLU on the CPU and GMRES elsewhere. ``Cholesky``, ``CG`` and ``MINRES`` solve
+            with the symmetric part of a matrix (one that is far from symmetric is refused); of an operator the first
+            two need the tag positive definite, the third the tag symmetric.
         init: ``(*batch, n)`` start of an iterative solver; carries no gradient.
         on_failure: ``"raise"`` (:class:`~difflayers.SolveError` naming the elements), ``"nan"`` (NaN for failed
             elements alone) or ``"ignore"`` (no check that reads data).
@@ -149,7 +150,8 @@ def _system(
     A: Tensor | SparseMatrix | LinearOperator, b: Tensor, solver: LinearSolver | None, on_failure: OnFailure
 ) -> tuple[LinearSystem, Params]:
     n = b.shape[-1]
-    needs_symmetry = isinstance(solver, CG | Cholesky | LearnedDirections)
+    needs_positive = isinstance(solver, CG | Cholesky | LearnedDirections)
+    needs_symmetry = needs_positive or isinstance(solver, MINRES)
     if isinstance(A, LinearOperator):
         check_same([("b", b), *((f"params[{i}]", p) for i, p in enumerate(A.params) if p.is_floating_point())])
         if gradients_wanted():
@@ -163,8 +165,10 @@ def _system(
                 with torch.enable_grad():
                     refuse_seen([product(*(p.detach() for p in operands))], "A.matvec", "Pass it in `params`")
         positive = bool(A.tags & Tag.POSITIVE_DEFINITE)
-        if needs_symmetry and not positive:
+        if needs_positive and not positive:
             raise ValueError(f"A: expected tags=Tag.POSITIVE_DEFINITE for {type(solver).__name__}, got {A.tags}")
+        if needs_symmetry and not A.symmetric:
+            raise ValueError(f"A: expected tags=Tag.SYMMETRIC for {type(solver).__name__}, got {A.tags}")
         solver = solver or default_solver(n, dense=False, positive_definite=positive)
         system: LinearSystem = OperatorSystem(
             solver, A.param_ndims, on_failure=on_failure, symmetric=A.symmetric, matvec=A.matvec

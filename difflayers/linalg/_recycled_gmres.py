@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_options, check_tensor
+from difflayers._checks import check_options, check_tensor, compute_dtype
 from difflayers._solution import Info
 
 from ._krylov import Preconditioner, _dot, _finish, _norm, _scaled
@@ -21,8 +21,8 @@ class RecycledSpace:
     """What :class:`RecycledGMRES` carries from one solve to the next: directions, without gradient.
 
     Solves with the matrix and with its transpose (adjoint systems) keep directions of their own, and so do solves whose
-    right-hand sides differ in shape, dtype or device. Systems of one space should be near each other; directions of a
-    system that is not only cost their products.
+    right-hand sides differ in shape, dtype or device (of the last 16 such kinds). Systems of one space should be near
+    each other; directions of a system that is not only cost their products.
 
     Example:
         >>> import torch
@@ -48,7 +48,11 @@ class RecycledSpace:
 
     def put(self, rhs: Tensor, transpose: bool, U: Tensor) -> None:
         """Keeps directions."""
-        self._held[self._key(rhs, transpose)] = U
+        key = self._key(rhs, transpose)
+        self._held.pop(key, None)
+        self._held[key] = U
+        while len(self._held) > 16:  # oldest first
+            del self._held[next(iter(self._held))]
 
     def __repr__(self) -> str:
         return f"RecycledSpace({', '.join(str(tuple(U.shape)) for U in self._held.values())})"
@@ -101,6 +105,8 @@ class RecycledGMRES(LinearSolver):
         check_options(self, max_steps=0, recycle=1)
         if not isinstance(self.restart, int) or self.restart < self.recycle + 2:
             raise ValueError(f"restart: expected an integer of at least recycle + 2, got {self.restart!r}")
+        if self.space is not None and not isinstance(self.space, RecycledSpace):
+            raise ValueError(f"space: expected None or a RecycledSpace, got {type(self.space).__name__}")
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
@@ -116,7 +122,7 @@ class RecycledGMRES(LinearSolver):
         steps = torch.zeros(norm.shape, dtype=torch.int64, device=rhs.device)
         n = rhs.shape[-1]
         keep = max(min(self.recycle, n // 2 - 1), 0)
-        U = C = rhs.new_zeros((*rhs.shape[:-1], 0, n))
+        U = C = nothing = rhs.new_zeros((*rhs.shape[:-1], 0, n))
         known = self.space.get(whole, transpose) if self.space is not None else None
         if known is not None and keep and not self._done(active, 0):
             image = torch.stack([B(u) for u in known.unbind(-2)], -2)
@@ -127,9 +133,10 @@ class RecycledGMRES(LinearSolver):
         met, broken, taken, limit = ~active, torch.zeros_like(active), 0, min(self.restart, n)
         active = active & (norm > tol)
         while taken < self.max_steps and not self._done(active, taken):
-            width = min(max(limit - U.shape[-2], 1), self.max_steps - taken)
+            held = U.shape[-2]
+            width = min(max(limit - held, 1), self.max_steps - taken)
             cycle = self._cycle(B, t, r, U, C, active, tol, width, keep)
-            searched = U.shape[-2] + cycle[3]
+            searched = held + cycle[3]
             t, U, C, used, ended, exhausted, more = cycle
             taken, steps = taken + used, steps + more
             before, r = norm, start - B(t)
@@ -138,10 +145,15 @@ class RecycledGMRES(LinearSolver):
             gained = norm < 0.9 * before
             # the space is exhausted, or all of it was searched, and the residual stays: the map is singular on it
             vain = exhausted | ~ended if searched >= n else exhausted
-            broken = broken | (active & vain & (norm > tol) & ~gained)
+            lost = active & vain & (norm > tol) & ~gained
             met = met | (active & ended & ~exhausted)
             # a cycle that gained nothing gains something only with more directions
-            active = active & (norm > tol) & ~broken & (gained if limit == n else gained | ~ended)
+            hope = gained if limit == n else gained | ~ended
+            if held and self.check_every is not None and bool(lost.any()):
+                # the images of what was kept may hide the way on, of no other map than a singular one without them
+                keep, U, C, hope, lost = 0, nothing, nothing, hope | lost, torch.zeros_like(lost)
+            broken = broken | lost
+            active = active & (norm > tol) & ~broken & hope
             if self.check_every is not None and limit < n and bool((active & ~gained).any()):
                 limit = min(2 * limit, n)
         if self.space is not None and U.shape[-2]:
@@ -290,9 +302,10 @@ def sort_systems(parameters: Tensor, *, start: int = 0) -> Tensor:
     (algorithm 1: greedy, in the Frobenius distance).
     """
     flat = check_tensor("parameters", parameters, min_ndim=1).detach()
+    flat = flat.to(compute_dtype(flat.dtype))
     flat = flat.reshape(flat.shape[0], -1) if flat.numel() else flat.new_zeros((flat.shape[0], 1))
     count = flat.shape[0]
-    if not -1 < start < max(count, 1):
+    if not isinstance(start, int) or not -1 < start < max(count, 1):
         raise ValueError(f"start: expected a number from 0 to {count - 1}, got {start}")
     order = torch.zeros(count, dtype=torch.int64, device=flat.device)
     open_ = torch.ones(count, dtype=torch.bool, device=flat.device)

@@ -80,7 +80,10 @@ def _product(pattern: Pattern, values: Tensor, transpose: bool) -> Callable[[Ten
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support")  # what is used here has settled
         like: Any = {"dtype": values.dtype, "device": values.device, "check_invariants": False}
-        M = torch.sparse_csr_tensor(pattern.crow, pattern.cols, values, pattern.shape, **like)
+        # the kernels want 32 bits, and would convert in every product
+        small = max(values.numel(), *pattern.shape) < 2**31
+        crow, cols = (t.to(torch.int32) if small else t for t in (pattern.crow, pattern.cols))
+        M = torch.sparse_csr_tensor(crow, cols, values, pattern.shape, **like)
     return lambda v: M @ v if v.ndim == 1 else (M @ v.reshape(-1, v.shape[-1]).mT).mT.reshape(v.shape)
 
 
@@ -150,7 +153,8 @@ class SuperLU(LinearSolver):
         (values,) = params
         cols, crow = system.pattern.cols.cpu().numpy(), system.pattern.crow.cpu().numpy()
         tickets, singular = [], []
-        for row in values.detach().to("cpu", torch.float64).reshape(-1, values.shape[-1]).numpy():
+        wide = values.detach().to("cpu", torch.float64).reshape(values.shape[:-1].numel(), values.shape[-1])
+        for row in wide.numpy():
             factors = Factors(sparse.csr_array((row, cols, crow), shape=system.pattern.shape))
             tickets.append(len(system.made))
             singular.append(factors.lu is None)

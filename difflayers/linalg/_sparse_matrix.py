@@ -128,6 +128,12 @@ def take_apart(name: str, M: Matrix) -> tuple[Pattern, Tensor]:
 
 def _pattern(name: str, crow: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Pattern:
     """Refuses indices that are no pattern: solvers would read beyond their arrays."""
+    for what, t in (("crow_indices", crow), ("col_indices", cols)):
+        if not isinstance(t, Tensor) or t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise ValueError(f"{name}.{what}: expected a tensor of integers, got {got}")
+        if t.device != values.device:
+            raise ValueError(f"{name}.{what}: expected device {values.device} as of the values, got {t.device}")
     crow, cols = (plain(name, plain(name, t).to(torch.int64)) for t in (crow, cols))
     r, n = shape
     if crow.shape != (r + 1,) or cols.ndim != 1 or values.shape[-1] != len(cols):

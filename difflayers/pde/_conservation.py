@@ -14,7 +14,7 @@ Laws, 2023.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,9 @@ from torch import Tensor, nn
 from difflayers._checks import broadcast_batch, check_finite, check_same, check_shape, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
 from difflayers.implicit import ImplicitProblem, solution_map, solution_map_ex
-from difflayers.linalg import linear_solve
 from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast, opaque, physical
-from difflayers.linalg._system import times
 
-from ._conservation_problem import DIAGONAL, FULL, NAMES, inner_matrix
+from ._conservation_problem import DIAGONAL, FULL, NAMES, log_likelihood
 
 Rule = Literal["trapezoid", "left", "right", "periodic"]
 
@@ -63,7 +61,8 @@ def conserve(
         ValueError: For a negative variance or noise, a shape that does not fit, a wrong dtype, NaN or Inf, naming the
             argument.
         SolveError: ``SINGULAR`` where ``noise I + G covariance G^T`` is singular to rounding: with noise 0, rows of `G`
-            that depend on each other, or that see no entry with a variance. Drop rows, or pass a small noise.
+            that depend on each other, or that see no entry with a variance (drop rows, or pass a small noise); and
+            where a variance comes out negative, because the covariance was not positive semidefinite.
 
     Differentiable in every argument, to any order, forward and reverse, with the factorisation of the forward pass.
 
@@ -109,7 +108,7 @@ def conserve_ex(
 def conserved_log_likelihood(
     u: Tensor, mean: Tensor, covariance: Tensor, b: Tensor, G: Tensor, noise: float | Tensor = 0.0
 ) -> Tensor:
-    r"""The log-density of a field under the corrected prediction: the loss that a network is trained with.
+    r"""The log-density of a field under the corrected prediction: a loss to train a network through the layer with.
 
     Computes ``log N(u; mean, covariance) + log N(b; G u, noise I) - log N(b; G mean, noise I + G covariance G^T)``, by
     Bayes' rule the log-density of `u` under what :func:`conserve` returns as a full covariance. With noise 0 that
@@ -118,6 +117,12 @@ def conserved_log_likelihood(
     equations to rounding, which is not checked: elsewhere the value means nothing and has no upper bound in `mean`.
     Where `b` is known exactly and the rows are a quadrature, pass ``u @ G.mT`` for `b` in training, or a noise of the
     size of the squared error of the quadrature.
+
+    With noise 0 the value is the log-density of `u` under the prediction less that of the integrals of `u`, and stays
+    the same as `mean` moves along ``covariance G^T``. A network trained by it alone lets the integrals of its
+    predictions drift, and has to shape an ever larger correction by its variances: add a term that holds ``G mean``
+    to `b` loosely, or begin with a network trained without the layer (as in the authors' published experiments, which
+    apply it behind a trained network only).
 
     Args:
         u: ``(*batch, n)`` true field.
@@ -132,7 +137,7 @@ def conserved_log_likelihood(
 
     Raises:
         ValueError: As :func:`conserve`.
-        SolveError: For a singular covariance, or rows that depend on each other.
+        SolveError: For a covariance that is singular or not positive definite, or rows that depend on each other.
 
     Differentiable in every argument, to any order, forward and reverse.
 
@@ -158,7 +163,7 @@ def conserved_log_likelihood(
     broadcast_batch([("mean", tuple(mean.shape[:-1])), ("u", tuple(u.shape[:-1]))])
     u = lifted_under_autocast(u).to(call.dtype)
     with autocast_off(u):
-        value = _log_likelihood(u, *call.args, call.diagonal, bool(isinstance(noise, Tensor) or noise > 0))
+        value = log_likelihood(u, *call.args, call.diagonal, bool(isinstance(noise, Tensor) or noise > 0))
     return value.to(dtype)
 
 
@@ -196,13 +201,15 @@ def conservation_operator(
     check_tensor("grid", grid, min_ndim=1)
     if rule not in ("trapezoid", "left", "right", "periodic"):
         raise ValueError(f'rule: expected "trapezoid", "left", "right" or "periodic", got {rule!r}')
-    if slices is not None and (not isinstance(slices, int) or slices < 1):
+    if slices is not None and (isinstance(slices, bool) or not isinstance(slices, int) or slices < 1):
         raise ValueError(f"slices: expected None or an integer of at least 1, got {slices!r}")
     if grid.shape[-1] < 2:
         raise ValueError(f"grid: expected at least 2 points, got {grid.shape[-1]}")
     if (period is None) == (rule == "periodic"):
         expected = "a length for the periodic rule" if period is None else f"None for the rule {rule!r}"
         raise ValueError(f"period: expected {expected}, got {period}")
+    if period is not None and not (isinstance(period, int | float) and math.isfinite(period)):
+        raise ValueError(f"period: expected a length, got {period!r}")
     widths = grid.diff(dim=-1)
     if not torch.compiler.is_compiling():
         check_finite([("grid", physical(grid))])
@@ -279,13 +286,6 @@ class Conservation(nn.Module):
 # --------------------------------------------------------------------------------------------------------------- parts
 
 
-class _Densities(NamedTuple):
-    """A quadratic form with the logarithm of the determinant of its matrix."""
-
-    form: Tensor
-    log_det: Tensor
-
-
 @opaque
 def _value(problem: ImplicitProblem, args: tuple[Tensor, ...], on_failure: OnFailure) -> Tensor:
     with autocast_off(args[0]):
@@ -360,30 +360,3 @@ def _not_negative(name: str, numbers: Tensor, what: str) -> None:
         return
     if bool((plain < 0).any()):
         raise ValueError(f"{name}: expected {what} of at least 0, got {float(plain[plain < 0].min()):g}")
-
-
-@opaque
-def _log_likelihood(
-    u: Tensor, mean: Tensor, covariance: Tensor, b: Tensor, G: Tensor, noise: Tensor, diagonal: bool, noisy: bool
-) -> Tensor:
-    check_finite((name, physical(t)) for name, t in zip(("u", *NAMES), (u, mean, covariance, b, G, noise), strict=True))
-    far, gap, n, m = u - mean, times(G, mean) - b, u.shape[-1], b.shape[-1]
-    if diagonal:
-        plain = _Densities((far.square() / covariance).sum(-1), covariance.log().sum(-1))
-        cross = G.mT * covariance.unsqueeze(-1)
-    else:
-        plain = _densities(covariance, far)
-        cross = covariance @ G.mT
-    P = inner_matrix(G, cross, noise)
-    marginal = _densities((P + P.mT) / 2, gap)
-    twice = marginal.form + marginal.log_det - plain.form - plain.log_det - (n - m) * math.log(2 * math.pi)
-    if noisy:
-        miss = (times(G, u) - b).square().sum(-1)
-        twice = twice - miss / noise - m * (noise.log() + math.log(2 * math.pi))
-    return twice / 2
-
-
-def _densities(M: Tensor, v: Tensor) -> _Densities:
-    """``v^T M^{-1} v`` and ``log det M`` of a symmetric positive definite matrix."""
-    form = (v * linear_solve(M, v)).sum(-1)
-    return _Densities(form, torch.linalg.cholesky(M).diagonal(dim1=-2, dim2=-1).log().sum(-1) * 2)

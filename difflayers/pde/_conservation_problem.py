@@ -8,15 +8,22 @@ The unknowns are posterior mean and covariance with the multipliers of the equat
 Every column of :math:`[\tilde\mu, \tilde\Sigma]` solves the same system, and one Cholesky factor of
 :math:`P = \sigma^2 I + G \Sigma G^T` serves the solve and its derivatives of all orders. Of a diagonal covariance the
 diagonal alone is kept, so that nothing has n x n entries.
+
+The density of the posterior needs no solver, and is plain torch.
 """
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from difflayers._solution import Info, Status
+from difflayers._checks import check_finite
+from difflayers._solution import Info, Status, settle
 from difflayers.implicit import ImplicitProblem
+from difflayers.linalg._autodiff import opaque, physical
 from difflayers.linalg._system import times
 
 Args = tuple[Tensor, ...]
@@ -29,11 +36,18 @@ def inner_matrix(G: Tensor, cross: Tensor, noise: Tensor) -> Tensor:
     return noise[..., None, None] * eye + G @ cross
 
 
-def _factor(P: Tensor) -> tuple[Tensor, Tensor]:
-    """The Cholesky factor, and whether `P` is singular to rounding: its pivots after scaling to a unit diagonal."""
-    m = P.shape[-1]
-    scale = P.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+def _factor(P: Tensor, rounding: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The Cholesky factor, whether `P` is singular to rounding, and its smallest pivot, scaled to a unit diagonal.
+
+    Args:
+        P: Inner matrix.
+        rounding: ``(*batch, m)`` error of its diagonal, which has to be larger. None: sums without cancellation.
+    """
+    m, diagonal = P.shape[-1], P.diagonal(dim1=-2, dim2=-1)
+    scale = diagonal.clamp_min(0).sqrt()
     sound = torch.isfinite(P).all(-1).all(-1) & (scale > 0).all(-1)
+    if rounding is not None:
+        sound = sound & (diagonal > rounding).all(-1)
     scale = torch.where(sound.unsqueeze(-1), scale, 1)
     unit = P / scale.unsqueeze(-1) / scale.unsqueeze(-2)
     eye = torch.eye(m, dtype=P.dtype, device=P.device)
@@ -42,7 +56,8 @@ def _factor(P: Tensor) -> tuple[Tensor, Tensor]:
     pivots = L.diagonal(dim1=-2, dim2=-1).square()
     singular = ~sound | (broken > 0) | ~(pivots > least).all(-1)
     L = torch.where(singular[..., None, None], eye, L * scale.unsqueeze(-1))
-    return L, singular
+    worst = pivots.amin(-1) if m else torch.ones_like(singular, dtype=P.dtype)
+    return L, singular, torch.where(singular, 1, worst)
 
 
 def _solved(L: Tensor, V: Tensor) -> Tensor:
@@ -50,7 +65,7 @@ def _solved(L: Tensor, V: Tensor) -> Tensor:
     batch = torch.broadcast_shapes(L.shape[:-2], V.shape[:-2])
     if not batch:
         return torch.cholesky_solve(V, L)
-    wide, factor = (t.expand((*batch, *t.shape[-2:])).reshape((-1, *t.shape[-2:])) for t in (V, L))
+    wide, factor = (t.expand((*batch, *t.shape[-2:])).reshape((batch.numel(), *t.shape[-2:])) for t in (V, L))
     return torch.cholesky_solve(wide, factor).reshape((*batch, *V.shape[-2:]))
 
 
@@ -101,13 +116,20 @@ def _full_residual(value: Tensor, mean: Tensor, covariance: Tensor, b: Tensor, G
 def _solve_full(mean: Tensor, covariance: Tensor, b: Tensor, G: Tensor, noise: Tensor) -> tuple[Tensor, Info, Args]:
     cross = covariance @ G.mT
     P = inner_matrix(G, cross, noise)
-    L, singular = _factor(P)
+    eps, n = torch.finfo(G.dtype).eps, G.shape[-1]
+    prior = covariance.diagonal(dim1=-2, dim2=-1)
+    # of a covariance that knows the integrals already, rounding alone is left in P; |S_jk| is at most sqrt(S_jj S_kk)
+    L, singular, pivot = _factor(P, 10 * n**0.5 * eps * times(G.abs(), prior.clamp_min(0).sqrt()).square())
     gap = times(G, mean) - b
     multiplier = _corrected(L, P, gap.unsqueeze(-1)).squeeze(-1)
     K = _corrected(L, P, cross.mT)
     posterior = covariance - cross @ K
     posterior = (posterior + posterior.mT) / 2
-    posterior.diagonal(dim1=-2, dim2=-1).clamp_min_(0)  # what rounding makes negative is zero
+    # what rounding makes negative is zero; what is below that had no covariance to begin with
+    left = posterior.diagonal(dim1=-2, dim2=-1)
+    slack = 100 * n * eps / pivot.unsqueeze(-1)
+    singular = singular | (prior < 0).any(-1) | (left < -slack * prior).any(-1) | (noise < 0)
+    left.clamp_min_(0)
     moved = mean - times(cross, multiplier)
     value = _joined(
         _joined(moved.unsqueeze(-1), posterior, event_ndim=2, dim=-1),
@@ -157,7 +179,8 @@ def _diagonal_residual(value: Tensor, mean: Tensor, variance: Tensor, b: Tensor,
 def _solve_diagonal(mean: Tensor, variance: Tensor, b: Tensor, G: Tensor, noise: Tensor) -> tuple[Tensor, Info, Args]:
     cross = G.mT * variance.unsqueeze(-1)
     P = inner_matrix(G, cross, noise)
-    L, singular = _factor(P)
+    L, singular, _ = _factor(P)
+    singular = singular | (variance < 0).any(-1) | (noise < 0)
     multiplier = _corrected(L, P, (times(G, mean) - b).unsqueeze(-1)).squeeze(-1)
     K = _corrected(L, P, cross.mT)
     left = (variance * (1 - (G * K).sum(-2))).clamp_min(0)  # what rounding makes negative is zero
@@ -206,3 +229,56 @@ DIAGONAL = ImplicitProblem(
     name="conserve",
     arg_names=NAMES,
 )
+
+
+# ------------------------------------------------------------------------------------------------------------ density
+
+
+class _Densities(NamedTuple):
+    """A quadratic form, the logarithm of the determinant of its matrix, and whether it has one."""
+
+    form: Tensor
+    log_det: Tensor
+    sound: Tensor
+
+
+@opaque
+def log_likelihood(
+    u: Tensor, mean: Tensor, covariance: Tensor, b: Tensor, G: Tensor, noise: Tensor, diagonal: bool, noisy: bool
+) -> Tensor:
+    """The log-density of the corrected prediction at `u`: see :func:`~difflayers.pde.conserved_log_likelihood`."""
+    args = (mean, covariance, b, G, noise)
+    far, gap, n, m = u - mean, times(G, mean) - b, u.shape[-1], b.shape[-1]
+    if diagonal:
+        plain = _Densities((far.square() / covariance).sum(-1), covariance.log().sum(-1), (covariance > 0).all(-1))
+        cross = G.mT * covariance.unsqueeze(-1)
+    else:
+        plain = _densities(covariance, far)
+        cross = covariance @ G.mT
+    P = inner_matrix(G, cross, noise)
+    marginal = _densities((P + P.mT) / 2, gap)
+    twice = marginal.form + marginal.log_det - plain.form - plain.log_det - (n - m) * math.log(2 * math.pi)
+    if noisy:
+        miss = (times(G, u) - b).square().sum(-1)
+        twice = twice - miss / noise - m * (noise.log() + math.log(2 * math.pi))
+    plainly = physical(twice)
+    status = torch.where(torch.isfinite(plainly), int(Status.CONVERGED), int(Status.DIVERGED))
+    status = torch.where(physical(plain.sound & marginal.sound), status, int(Status.SINGULAR))
+    settle(
+        plainly / 2,
+        Info(status, torch.ones_like(status), torch.zeros_like(plainly)),
+        "raise",
+        name="conserved_log_likelihood",
+        diagnose=lambda: check_finite((k, physical(t)) for k, t in zip(("u", *NAMES), (u, *args), strict=True)),
+    )
+    return twice / 2
+
+
+def _densities(M: Tensor, v: Tensor) -> _Densities:
+    """``v^T M^{-1} v`` and ``log det M`` of a symmetric matrix, and whether it is positive definite beyond rounding."""
+    L, broken = torch.linalg.cholesky_ex(M)
+    diagonal = L.diagonal(dim1=-2, dim2=-1)
+    least = 10 * max(M.shape[-1], 1) * torch.finfo(M.dtype).eps
+    sound = (broken == 0) & (diagonal.detach().square() > least * M.detach().diagonal(dim1=-2, dim2=-1)).all(-1)
+    form = torch.linalg.solve_triangular(L, v.unsqueeze(-1), upper=False).square().sum((-2, -1))
+    return _Densities(form, diagonal.log().sum(-1) * 2, sound)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from ._derivatives import Basis, Derivatives, Jvp, check_derivatives
 from ._field import ConstrainedField, Evaluator
 from ._fit_call import FitCall
 from ._levenberg_marquardt import Fit, constant_derivative
-from ._residual_least_squares import ResidualSolution
+from ._residual_least_squares import ResidualSolution, optimal_value
 from ._samplers import Fixed, Grid, Sampler, Sobol
 
 
@@ -141,15 +141,17 @@ def _solved(
 ) -> ConstrainedField:
     recipe = layer.recipe(layer.sampler)
     parts = assemble(recipe, basis, params, values, offset, dtype_and_device(basis, layer._like))
-    found = fitted(layer, parts.call(layer.ridge), layer.on_failure, "PDEConstraint")
+    found, objective = fitted(layer, parts.call(layer.ridge), layer.on_failure, "PDEConstraint")
     terms = parts.terms(found.value)
     report = found.status, found.steps, found.residual, found.multipliers, found.linear
-    norms = parts.norms(found.value, terms)
-    return ConstrainedField(found.value, *report, parts.inside.points, terms, norms, Evaluator(recipe, basis, offset))
+    norms, evaluate = parts.norms(found.value, terms), Evaluator(recipe, basis, offset)
+    return ConstrainedField(found.value, *report, parts.inside.points, terms, norms, evaluate, objective)
 
 
-def fitted(layer: PDEConstraint, given: tuple[Any, ...], on_failure: OnFailure, name: str) -> ResidualSolution:
-    """As :func:`residual_least_squares_ex` with a policy for elements that failed."""
+def fitted(
+    layer: PDEConstraint, given: tuple[Any, ...], on_failure: OnFailure, name: str
+) -> tuple[ResidualSolution, Callable[[], Tensor]]:
+    """As :func:`residual_least_squares_ex` with a policy for elements that failed, and what computes the objective."""
     with renamed(basis_terms="basis", y="values"):
         call = FitCall(*given)
         fit = call.problem(layer.solver, layer.curvature)
@@ -163,4 +165,5 @@ def fitted(layer: PDEConstraint, given: tuple[Any, ...], on_failure: OnFailure, 
         point = Fit(fit.F, params, B, data["offset"], None, *nothing, None, None)
         linear = constant_derivative(point, point.at(x.detach()[..., : call.K]))
     w, nu = x[..., : call.K].to(call.dtype), x[..., call.K :].to(call.dtype)
-    return ResidualSolution(w, found.status, found.steps, found.residual, nu, linear)
+    solution = ResidualSolution(w, found.status, found.steps, found.residual, nu, linear)
+    return solution, lambda: optimal_value(call, fit, x, on_failure)

@@ -46,9 +46,9 @@ class Darcy(_Spatial):
     Source: H. Darcy, 1856.
     """
 
-    coords = ("x", "y")
+    coords: tuple[str, ...] = ("x", "y")
     domain = UNIT_SQUARE
-    terms = ("u",)
+    terms: tuple[str, ...] = ("u",)
 
     def __init__(
         self, *, domain: Box | None = None, conditions: Any = None, a: Coefficient | None = 1.0, f: Any = 1.0

@@ -70,9 +70,10 @@ def porous_medium_solution(x: Tensor, t: Number, m: Number) -> Tensor:
     """
     x, t, m = _operands(x, t=t, m=m)
     _above("m", m, 0)
+    _at_least("t", t, 0)
     behind = t > x
     depth = torch.where(behind, t - x, 1)  # a power of 0 has no slope: nothing before the front may meet it
-    return torch.where(behind, (m * depth) ** (1 / m), 0)
+    return _passing_nan(torch.where(behind, (m * depth) ** (1 / m), 0), x, t)
 
 
 def porous_medium_mass(t: Tensor, m: Number) -> Tensor:
@@ -96,6 +97,7 @@ def porous_medium_mass(t: Tensor, m: Number) -> Tensor:
     """
     t, m = _operands(t, m=m)
     _above("m", m, 0)
+    _at_least("t", t, 0)
     return m ** (1 + 1 / m) / (m + 1) * t ** (1 + 1 / m)
 
 
@@ -126,10 +128,11 @@ def barenblatt_solution(x: Tensor, t: Number, m: Number, mass_constant: Number =
     x, t, m, C = _operands(x, t=t, m=m, mass_constant=mass_constant)
     _above("m", m, 0)
     _above("t", t, 0)
+    _above("mass_constant", C, 0)
     s = t / (m + 1)
     height = C - m / (2 * (m + 1) * (m + 2)) * x.square() * s ** (-2 / (m + 2))
     inside = height > 0
-    return torch.where(inside, s ** (-1 / (m + 2)) * torch.where(inside, height, 1) ** (1 / m), 0)
+    return _passing_nan(torch.where(inside, s ** (-1 / (m + 2)) * torch.where(inside, height, 1) ** (1 / m), 0), x)
 
 
 def stefan_solution(x: Tensor, t: Number, u_star: Number) -> Tensor:
@@ -147,7 +150,7 @@ def stefan_solution(x: Tensor, t: Number, u_star: Number) -> Tensor:
     Returns:
         The field.
 
-    Differentiable in `x` and `t` off the shock. `u_star` carries no gradient.
+    Differentiable in every argument off the shock.
 
     Example:
         >>> import torch
@@ -159,11 +162,12 @@ def stefan_solution(x: Tensor, t: Number, u_star: Number) -> Tensor:
     """
     x, t, u_star = _operands(x, t=t, u_star=u_star)
     z = _stefan_root(u_star)
+    _at_least("t", t, 0)
     later = t > 0
     root = torch.where(later, t, 1).sqrt()
     u = 1 - (1 - u_star) * torch.erf(x / (2 * root)) / torch.erf(z)
     hot = torch.where(later, x <= 2 * z * root, x <= 0)
-    return torch.where(hot & later, u, torch.where(hot, torch.ones_like(u), 0))
+    return _passing_nan(torch.where(hot & later, u, torch.where(hot, torch.ones_like(u), 0)), x, t)
 
 
 def stefan_mass(t: Tensor, u_star: Number) -> Tensor:
@@ -176,7 +180,7 @@ def stefan_mass(t: Tensor, u_star: Number) -> Tensor:
     Returns:
         The mass. It is right on a domain that still contains the shock, at ``2 z sqrt(t)``.
 
-    Differentiable in `t`. `u_star` carries no gradient.
+    Differentiable in every argument, for t above 0.
 
     Example:
         >>> import torch
@@ -186,6 +190,7 @@ def stefan_mass(t: Tensor, u_star: Number) -> Tensor:
     Source: D. Hansen and others, Learning Physical Models that Can Respect Conservation Laws, 2023, appendix.
     """
     t, u_star = _operands(t, u_star=u_star)
+    _at_least("t", t, 0)
     return 2 * (1 - u_star) / torch.erf(_stefan_root(u_star)) * (t / math.pi).sqrt()
 
 
@@ -210,7 +215,8 @@ def advection_solution(x: Tensor, t: Number, speed: Number) -> Tensor:
     Source: D. Hansen and others, Learning Physical Models that Can Respect Conservation Laws, 2023, appendix.
     """
     x, t, a = _operands(x, t=t, speed=speed)
-    return (x - a * t <= 0.5).to(x.dtype)
+    _above("speed", a, 0)
+    return _passing_nan((x - a * t <= 0.5).to(x.dtype), x, t)
 
 
 def inviscid_burgers_solution(x: Tensor, t: Number, a: Number) -> Tensor:
@@ -237,11 +243,13 @@ def inviscid_burgers_solution(x: Tensor, t: Number, a: Number) -> Tensor:
     Source: D. Hansen and others, Learning Physical Models that Can Respect Conservation Laws, 2023, appendix.
     """
     x, t, a = _operands(x, t=t, a=a)
+    _above("a", a, 0)
+    _at_least("t", t, 0)
     steep = a * t >= 1
     head = torch.where(steep, (a * t - 1) / 2, 0)  # where the field becomes 0
     foot = torch.where(steep, head, a * t - 1)  # up to where it is a
     length = torch.where(steep, -1, a * t - 1)
-    return torch.where(x <= foot, a + 0 * x, torch.where(x < head, a * x / length, 0))
+    return _passing_nan(torch.where(x <= foot, a, torch.where(x < head, a * x / length, 0)), x, t)
 
 
 def viscous_burgers_solution(
@@ -265,12 +273,15 @@ def viscous_burgers_solution(
         viscosity: nu, above 0.
         initial: ``u_0``, elementwise; None: ``-sin(pi x)``, of period 2.
         potential: Its antiderivative, elementwise; given with `initial`, or not at all.
-        speed: A bound of ``|u_0|``: how far a point can have come from.
+        speed: A bound of ``|u_0|``: how far a point can have come from in a unit of time.
         nodes: Of the quadrature, which converges faster than any power. The narrowest weights are about ``sqrt(nu t)``
             wide, in a window of ``2 speed t``.
 
     Returns:
         The field.
+
+    Raises:
+        ValueError: For arguments outside their range, or an `initial` that exceeds `speed`.
 
     Differentiable in `x` and `t`, to any order, for t above 0.
 
@@ -286,22 +297,26 @@ def viscous_burgers_solution(
         raise ValueError("potential: expected to be given with initial, or neither, got one of both")
     if not viscosity > 0:
         raise ValueError(f"viscosity: expected more than 0, got {viscosity}")
-    if nodes < 2:
-        raise ValueError(f"nodes: expected at least 2, got {nodes}")
+    if not isinstance(nodes, int) or nodes < 2:
+        raise ValueError(f"nodes: expected an integer of at least 2, got {nodes!r}")
     start: Field = initial or (lambda y: -torch.sin(math.pi * y))
     summed: Field = potential or (lambda y: torch.cos(math.pi * y) / math.pi)
     place, now = torch.broadcast_tensors(*_operands(x, t=t))
+    _at_least("t", now, 0)
     later = now > 0
     span = torch.where(later, now, 1).unsqueeze(-1)
     reach = speed * span + 14 * (2 * viscosity * span).sqrt()
     shift = torch.linspace(-1, 1, nodes, dtype=place.dtype, device=place.device) * reach
     y = place.unsqueeze(-1) - shift
+    u = start(y)
+    if bool((physical(u).abs() > speed * (1 + 1e-3)).any()):
+        raise ValueError(f"speed: expected a bound of |initial|, got {speed} where that is {float(u.abs().max()):g}")
     weights = torch.softmax(-(summed(y) + shift.square() / (2 * span)) / (2 * viscosity), -1)
-    return torch.where(later, (weights * start(y)).sum(-1), start(place))
+    return torch.where(later, (weights * u).sum(-1), start(place))
 
 
 def _stefan_root(u_star: Tensor) -> Tensor:
-    """The z of the shock, by bisection in float64 down to its rounding."""
+    """The z of the shock, by bisection in float64 down to its rounding, and its derivatives by steps of Newton."""
     plain = u_star.detach()
     if not bool(((physical(plain) > 0) & (physical(plain) < 1)).all()):
         raise ValueError(f"u_star: expected numbers between 0 and 1, got {_shown(plain)}")
@@ -309,9 +324,27 @@ def _stefan_root(u_star: Tensor) -> Tensor:
     low, high = torch.zeros_like(u), torch.full_like(u, 20.0)
     for _ in range(60):
         z = (low + high) / 2
-        over = u.log() + torch.erf(z).log() + z.log() + z.square() > ((1 - u) / math.pi**0.5).log()
+        over = _stefan_balance(z, u)[0] > 0
         low, high = torch.where(over, low, z), torch.where(over, z, high)
-    return ((low + high) / 2).to(u_star.dtype)
+    z, u = (low + high) / 2, u_star.to(torch.float64)
+    for _ in range(2):  # each doubles the order up to which derivatives are right
+        balance, slope = _stefan_balance(z, u)
+        z = z - balance / slope
+    return z.to(u_star.dtype)
+
+
+def _stefan_balance(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The logarithm of both sides, their difference, and its derivative in z."""
+    f = torch.erf(z)
+    balance = u.log() + f.log() + z.log() + z.square() - ((1 - u) / math.pi**0.5).log()
+    return balance, 2 / math.pi**0.5 * torch.exp(-z.square()) / f + 1 / z + 2 * z
+
+
+def _passing_nan(u: Tensor, *operands: Tensor) -> Tensor:
+    """Comparisons with NaN are false, and would make a number of it."""
+    for operand in operands:
+        u = torch.where(torch.isnan(operand), operand, u)
+    return u
 
 
 def _operands(first: Tensor, **others: Number) -> list[Tensor]:
@@ -332,6 +365,12 @@ def _operands(first: Tensor, **others: Number) -> list[Tensor]:
 def _above(name: str, value: Tensor, least: float) -> None:
     if not bool((physical(value) > least).all()):
         raise ValueError(f"{name}: expected more than {least:g}, got {_shown(value)}")
+
+
+def _at_least(name: str, value: Tensor, least: float) -> None:
+    """NaN passes: it shows in the result."""
+    if bool((physical(value) < least).any()):
+        raise ValueError(f"{name}: expected at least {least:g}, got {_shown(value)}")
 
 
 def _shown(value: Tensor) -> str:

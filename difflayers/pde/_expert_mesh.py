@@ -19,11 +19,13 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from difflayers._solution import Info, OnFailure, settle
 from difflayers.linalg._autodiff import forward_mode, physical, primal, quick_apply, sample, transforms_active
 from difflayers.linalg._captured import _differentiated, gradients_wanted
 from difflayers.linalg._grads_batched import batched_backward
 
 T = TypeVar("T")
+_functorch = torch._C._functorch
 _TRANSPOSED = {"copy": "sum", "sum": "copy", "gather": "own", "own": "gather"}
 
 
@@ -189,6 +191,24 @@ def together(mesh: Any, action: Callable[[], T]) -> T:
         ]
         raise RuntimeError("experts of other processes of the mesh failed. " + "; ".join(said))
     return result  # type: ignore[return-value]
+
+
+def settled(value: Tensor, info: Info, on_failure: OnFailure, name: str) -> None:
+    """Applies the failure policy to what was gathered: raises or warns, the same in every process.
+
+    The processes have solved with ``"nan"`` or ``"ignore"``, so that nothing is left to be masked.
+    """
+    with torch.no_grad():
+        settle(_in_front(value), Info(*map(_in_front, info)), on_failure, name=name)
+
+
+def _in_front(t: Tensor) -> Tensor:
+    """The plain tensor, with dimensions that are vmapped among those of the batch."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        dim = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else None
+        t = _functorch.get_unwrapped(t)
+        t = t if dim is None else t.movedim(dim, 0)
+    return t.detach()
 
 
 class _Local(nn.Module):

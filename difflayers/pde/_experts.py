@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from difflayers._solution import Info, OnFailure, SolveWarning, settle
+from difflayers._solution import Info, OnFailure, SolveWarning
 from difflayers.linalg._autodiff import opaque
 
-from ._assembly import Assembly, Given, assemble, dtype_and_device
+from ._assembly import Given, assemble, dtype_and_device
 from ._constraint import PDEConstraint, fitted
 from ._derivatives import Basis
 from ._divided import Divided
-from ._expert_mesh import copied, gathered, share, together
+from ._expert_mesh import copied, gathered_all, settled, share, together
 from ._field import Evaluator, ExpertField
 from ._gates import Gate, HardBoxes
 from ._interface import Continuity, Seams, joint_call
 from ._residual_least_squares import ResidualSolution
 from ._samplers import Grid, Place
+
+Solved = tuple[Place, ResidualSolution, Callable[[], Tensor], dict[str, Tensor], dict[str, Tensor]]
 
 
 class DomainExperts(nn.Module):
@@ -41,7 +43,8 @@ class DomainExperts(nn.Module):
             None: the experts are independent.
         mesh: A one-dimensional ``DeviceMesh`` of torch.distributed whose ranks share the experts, None: all of them
             here. Every rank calls the layer with the same arguments, gets the whole field, and the gradients of a loss
-            that every rank computes alike: those of one process, no averaging. The basis has to be a module then.
+            that every rank computes alike: those of one process, no averaging. What needs a gradient has to be a tensor
+            or in a module then, not in a closure.
 
     Shape:
         As :class:`PDEConstraint`, with an :class:`ExpertField` as result. Tensors in `params` and `values` are
@@ -53,9 +56,9 @@ class DomainExperts(nn.Module):
             coordinate that is divided among experts which only have what they touch.
         SolveError: For an expert that diverged or whose minimiser is not unique, with its index.
 
-    Differentiable as :class:`PDEConstraint`, to any order; under a mesh first derivatives, reverse. A failed expert
-    leaves the others as they are, to the last bit. An expert that touches no condition gives a
-    :class:`~difflayers.SolveWarning` when the layer is made, since its problem is most likely ill-posed.
+    Differentiable as :class:`PDEConstraint`, to any order, also under a mesh (where an adjoint that fails gives NaN
+    instead of an error). A failed expert leaves the others as they are, to the last bit. An expert that touches no
+    condition gives a :class:`~difflayers.SolveWarning` when the layer is made: its problem is most likely ill-posed.
 
     Example:
         >>> import math, torch
@@ -147,36 +150,35 @@ def _solved(
 ) -> ExpertField:
     given = basis, params, values, offset
     if layer.mesh is None:
-        parts, found, terms, norms = _part(layer, range(layer.tiling.count), given, layer.constraint.on_failure)
-        inside = parts.inside
+        inside, found, objective, terms, norms = _part(
+            layer, range(layer.tiling.count), given, layer.constraint.on_failure
+        )
     else:
-        inside, found, terms, norms = _over_mesh(layer, given)
+        inside, found, objective, terms, norms = _over_mesh(layer, given)
     inner = layer.constraint
     recipe = inner.recipe(inner.sampler)
     report = found.status, found.steps, found.residual, found.multipliers, found.linear
     evaluate = Evaluator(recipe, basis, offset, layer.tiling)
     sampler = Divided(inner.sampler, layer.tiling, False, range(layer.tiling.count))
     jumps = Seams(recipe, sampler, layer.seams).jumps(basis, offset, found.value)
-    return ExpertField(
-        found.value, *report, inside.points, terms, norms, evaluate, inside.present, layer.boxes, layer.seams, jumps
-    )
+    more = inside.present, layer.boxes, layer.seams, jumps
+    return ExpertField(found.value, *report, inside.points, terms, norms, evaluate, objective, *more)
 
 
-def _part(
-    layer: DomainExperts, experts: Sequence[int], given: tuple[Any, ...], on_failure: OnFailure
-) -> tuple[Assembly, ResidualSolution, dict[str, Tensor], dict[str, Tensor]]:
-    """Some of the experts: their problems, coefficients with a report, terms and norms."""
+def _part(layer: DomainExperts, experts: Sequence[int], given: tuple[Any, ...], on_failure: OnFailure) -> Solved:
+    """Some of the experts: their points, coefficients with a report, what computes the objective, terms and norms."""
     inner = layer.constraint
     sampler = Divided(inner.sampler, layer.tiling, layer.conditions == "all", experts)
     basis, params, values, offset = given
     like = dtype_and_device(basis, inner._like)
     parts = assemble(inner.recipe(sampler), basis, params, values, offset, like)
     if layer.continuity is None or not layer.seams:
-        found = fitted(inner, parts.call(inner.ridge), on_failure, "DomainExperts")
+        found, objective = fitted(inner, parts.call(inner.ridge), on_failure, "DomainExperts")
     else:
         seams = Seams(parts.recipe, sampler, layer.seams)
         rows = seams.rows(basis, offset, layer.continuity, parts.inside.points)
-        joint = fitted(inner, joint_call(parts, inner.ridge, rows, layer.continuity), on_failure, "DomainExperts")
+        whole = joint_call(parts, inner.ridge, rows, layer.continuity)
+        joint, objective = fitted(inner, whole, on_failure, "DomainExperts")
         E = layer.tiling.count
         status, steps, residual, linear = (
             t.unsqueeze(-1).expand(*t.shape, E) for t in (joint.status, joint.steps, joint.residual, joint.linear)
@@ -184,32 +186,46 @@ def _part(
         w = joint.value.unflatten(-1, (E, -1))
         found = ResidualSolution(w, status, steps, residual, joint.multipliers, linear)
     terms = parts.terms(found.value)
-    return parts, found, terms, parts.norms(found.value, terms)
+    return parts.inside, found, objective, terms, parts.norms(found.value, terms)
 
 
-def _over_mesh(layer: DomainExperts, given: tuple[Any, ...]) -> tuple[Place, ResidualSolution, Any, Any]:
+def _over_mesh(layer: DomainExperts, given: tuple[Any, ...]) -> Solved:
     """All experts, of which this process solves its own."""
     inner, mesh, E = layer.constraint, layer.mesh, layer.tiling.count
     mine = share(E, mesh)
-    tree = copied(dict(zip(("basis", "params", "values", "offset"), given, strict=True)), mesh)
-    # a failure is raised once everybody knows of it: nobody waits for a process that has left
-    quiet: OnFailure = "ignore" if inner.on_failure == "raise" else inner.on_failure
+    basis, params, values, offset = given
+    tree = {
+        "basis": basis,
+        "params": {**inner.pde.params, **(params or {})},
+        "values": dict(values or {}),
+        "offset": offset,
+    }
+    tree = copied(tree, mesh)
+    # a failure is raised once everybody knows of it: nobody waits for a process that has left; if an adjoint fails
+    # later, the gradient is NaN in all of them
+    quiet: OnFailure = "nan" if inner.on_failure == "raise" else inner.on_failure
 
     def work() -> Any:
-        parts, found, terms, norms = _part(layer, mine, tuple(tree.values()), quiet)
-        return parts.inside, found, terms, norms
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SolveWarning)  # of all experts below
+            inside, found, objective, terms, norms = _part(layer, mine, tuple(tree.values()), quiet)
+        return inside, found, objective(), terms, norms
 
-    inside, found, terms, norms = together(mesh, work)
-
-    def everybody(t: Tensor, after: int) -> Tensor:
-        return gathered(t, E, mesh, -1 - after, tied=tree)
-
-    info = Info(everybody(found.status, 0), everybody(found.steps, 0), everybody(found.residual, 0))
-    value = settle(everybody(found.value, 1), info, inner.on_failure, name="DomainExperts")
-    most = int(everybody(torch.full_like(found.status, found.multipliers.shape[-1]), 0).max())
-    multipliers = torch.nn.functional.pad(found.multipliers, (0, most - found.multipliers.shape[-1]))
+    inside, found, optimum, terms, norms = together(mesh, work)
+    own = found.multipliers
+    if any(block.exact for block in inner.pde.blocks):  # which rows depend on others may differ between processes
+        here = torch.full((len(mine),), own.shape[-1], dtype=torch.int64, device=own.device)
+        (widths,) = gathered_all([here], E, mesh, [0])
+        own = torch.nn.functional.pad(own, (0, int(widths.max()) - own.shape[-1]))
+    wide = [found.value, own, *terms.values()]
+    narrow = [found.status, found.steps, found.residual, found.linear, optimum, *norms.values()]
+    dims = [-2] * len(wide) + [-1] * len(narrow)
+    value, nu, *rest = gathered_all([*wide, *narrow], E, mesh, dims, tied=tree)
+    terms = dict(zip(terms, rest, strict=False))
+    status, steps, residual, linear, optimum, *rest = rest[len(terms) :]
+    norms = dict(zip(norms, rest, strict=True))
+    settled(value, Info(status, steps, residual), inner.on_failure, "DomainExperts")
     sampler = Divided(inner.sampler, layer.tiling, layer.conditions == "all", range(E))
     whole = sampler.interior(inner.pde, inside.points)
-    solution = ResidualSolution(value, *info, everybody(multipliers, 1), everybody(found.linear, 0))
-    terms, norms = ({n: everybody(t, k) for n, t in some.items()} for some, k in ((terms, 1), (norms, 0)))
-    return whole, solution, terms, norms
+    solution = ResidualSolution(value, status, steps, residual, nu, linear)
+    return whole, solution, lambda: optimum, terms, norms

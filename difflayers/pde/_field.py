@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -100,6 +100,16 @@ class ConstrainedField(Solution[Tensor]):
     terms: Mapping[str, Tensor]
     norms: Mapping[str, Tensor]
     _evaluate: Evaluator = field(repr=False)
+    _objective: Callable[[], Tensor] = field(repr=False)
+
+    @property
+    def objective(self) -> Tensor:
+        """``(*batch)`` what was minimised, ridge included, computed when it is asked for.
+
+        By the envelope theorem its gradient needs no linear solve, nor curvature of the equation: as the loss of a
+        network it is cheaper than one of `terms`, and bears kinks that keep the solver from its tolerance.
+        """
+        return self._objective()
 
     @property
     def weights(self) -> Tensor:
@@ -116,8 +126,9 @@ class ExpertField(ConstrainedField):
     """A field made of those of E experts, see :class:`DomainExperts`; all of :class:`ConstrainedField`, and more.
 
     Shapes are those of :class:`ConstrainedField` with a dimension for the experts behind the batch: `value`
-    ``(*batch, E, K)``, `status`, `steps`, `residual`, `linear` and each of the `norms` ``(*batch, E)``, `points`
-    ``(E, N, d)``, each of the `terms` ``(*batch, E, N)``. Experts with fewer points repeat others there, see `present`.
+    ``(*batch, E, K)``, `status`, `steps`, `residual`, `linear`, each of the `norms`, and `objective` ``(*batch, E)``,
+    `points` ``(E, N, d)``, each of the `terms` ``(*batch, E, N)``. Experts with fewer points repeat one, see `present`.
+    Under :class:`Continuity` there is one problem: `objective` is ``(*batch)``, `multipliers` ``(*batch, p)``.
 
     Attributes:
         present: ``(E, N)`` booleans: points that count; None: all of them.

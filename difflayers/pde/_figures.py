@@ -60,7 +60,7 @@ def plot_field(
         title: Above all.
 
     Returns:
-        The figure: ``figure.savefig(path)``. It is not registered with pyplot, and needs not be closed.
+        A figure, for ``figure.savefig(path)``. It is not registered with pyplot, and needs not be closed.
 
     Raises:
         ValueError: For values that do not fit the grid, an index that does not pick one element, or a domain with more

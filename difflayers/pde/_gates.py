@@ -83,6 +83,11 @@ class Tiling:
         end = self.shape[axis] - 1 if upper else 0
         return [int(cell) == end for cell in self.cells()[:, axis]]
 
+    def width(self, seam: Seam, axis: int) -> float:
+        """Mean width, across a seam, of the two boxes beside it, without what they share."""
+        cell = self.cells()[[seam.lower, seam.upper], axis].tolist()
+        return sum(self.cuts[axis][i + 1] - self.cuts[axis][i] for i in cell) / 2
+
     def members(self, points: Tensor) -> Tensor:
         """``(E, M)`` booleans: the box has the point. Of boxes side by side the upper one has those between them."""
         index, weight = self.mix(points)

@@ -26,7 +26,7 @@ class Continuity:
     beside that of separate ones; if it fails, it fails for all of them.
 
     Args:
-        order: 0: the field; 1: its derivative across the seam, too.
+        order: 0: the field; 1: its derivative across the seam, too, times the mean width of the two boxes.
         weight: Factor of the rows, at least 0, as those of conditions are weighted.
         exact: The rows hold exactly. With as many points on a seam as there are basis functions the experts beside it
             are the same in general: take few.
@@ -102,12 +102,16 @@ class Seams:
                 sums.append(B.unsqueeze(-2) * mine[:, None, None, :, None])
                 if offset is not None:
                     gaps.append(-sign * self.recipe.offset_terms(offset, place, terms))
-            A = sums[0] + sums[1]  # (*batch, S, m, T, E, K)
+            # a slope times the width of a box is of the size of the field
+            width = like.new_tensor([self.sampler.tiling.width(self.seams[i], axis) for i in some])
+            size = torch.cat([width.unsqueeze(-1) ** k for k in range(rule.order + 1) for _ in pde.fields], -1)
+            A = (sums[0] + sums[1]) * size[:, None, :, None, None]  # (*batch, S, m, T, E, K)
             shape = A.shape[-5:-2]
             average = averaging(sides[0].present, sides[0].points[..., 0]).expand(shape[:-1])
             if sides[0].present is not None:
                 A = torch.where(sides[0].present[..., None, None, None], A, 0)
-            right = gaps[0] + gaps[1] if gaps and sides[0] is not sides[1] else like.new_zeros(shape)
+            apart = gaps and sides[0] is not sides[1]
+            right = (gaps[0] + gaps[1]) * size.unsqueeze(1) if apart else like.new_zeros(shape)
             rows.append(A.flatten(-5, -3))
             rights.append(right.flatten(-3))
             weights.append(average.unsqueeze(-1).expand(shape).flatten())

@@ -26,7 +26,7 @@ from ._pointwise import Params, Pointwise
 
 _NEWTON_STEPS = 8
 _MOST_DAMPING = 1e12
-_HANDOVER = (1e-2, 1e-4)  # step lengths at which Newton's method is tried: it takes over, or hands back
+_HANDOVER = (1e-2, 1e-4)  # step lengths at which Newton's method is tried undamped: it takes over, or hands back
 
 
 def where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -127,6 +127,17 @@ class Fit:
             PB = torch.addcmul(PB, P[..., t, None], B[..., None, t, :])
         return G + B.flatten(-3, -2).mT @ PB.flatten(-3, -2)
 
+    def damping(self, G: Tensor, mu: Tensor) -> Tensor:
+        """What mu adds to the diagonal of G: of the part that F has there, for rows and ridge are as they seem.
+
+        Of all of it once mu is large: coefficients that F does not see here may matter elsewhere.
+        """
+        D = G.diagonal(dim1=-2, dim2=-1)
+        D, mu = torch.where(D > 0, D, 1), mu.unsqueeze(-1)
+        part = D - self.A.square().sum(-2)
+        part = part if self.ridge is None else part - self.ridge.unsqueeze(-1)
+        return mu * torch.maximum(part, mu.clamp_max(1) * D)
+
     def size(self, p: Point) -> Tensor:
         """What residuals are made of, before anything cancels: the scale that rounding has."""
         made = (p.Fs * p.T.unsqueeze(-2)).abs().sum(-1).square().sum((-2, -1))
@@ -145,7 +156,11 @@ def factorise(H: Tensor) -> tuple[Tensor, Tensor]:
 
 def gram_solve(R: Tensor, b: Tensor) -> Tensor:
     """``(R^T R)^-1 b``."""
-    return solve_columns(lambda R, b: torch.cholesky_solve(b, R, upper=True), (R,), (2,), b)
+    # cholesky_solve copies its factor, which takes longer than the solve where that is large
+    solve = lambda R, b: torch.linalg.solve_triangular(  # noqa: E731
+        R, torch.linalg.solve_triangular(R.mT, b, upper=False), upper=True
+    )
+    return solve_columns(solve, (R,), (2,), b)
 
 
 def minimise(fit: Fit, start: Tensor, options: LevenbergMarquardt, gauss_newton: bool) -> Found:
@@ -215,9 +230,9 @@ def _iterated(fit: Fit, p: Point, options: LevenbergMarquardt, gauss_newton: boo
     pending = torch.isfinite(p.objective)
     state = _State(p, mu, steps)
     near = arrived = torch.zeros_like(pending)
-    for tol in (*_HANDOVER, rtol):
-        state, close = _damped(fit, state, options, tol, pending)
-        near = near | close
+    for exact, tol in ((False, _HANDOVER[0]), (True, _HANDOVER[1]), (True, rtol)):
+        state, close = _damped(fit, state, options, tol, pending, exact)
+        near = torch.where(pending, close, near)
         state, R, singular, done = _newton(fit, state, close, options, rtol)
         arrived = arrived | done
         pending = pending & ~arrived & (state.steps < options.max_steps)
@@ -240,42 +255,53 @@ class _State:
     steps: Tensor
 
 
-def _damped(fit: Fit, state: _State, options: LevenbergMarquardt, tol: float, active: Tensor) -> tuple[_State, Tensor]:
+def _damped(
+    fit: Fit, state: _State, options: LevenbergMarquardt, tol: float, active: Tensor, exact: bool
+) -> tuple[_State, Tensor]:
     """Levenberg-Marquardt on the active elements, and those that came within `tol`.
 
     The step is measured by the change of the residuals that it stands for, so that an ill-conditioned basis costs
-    nothing.
+    nothing. With `exact` it is the better one of two: that of Gauss and Newton, which crosses kinks of F, and Newton's,
+    which is quick where F bends and the residuals stay.
     """
     p, mu, steps = state.p, state.mu, state.steps
     near = torch.zeros_like(active)
     every = options.check_every or options.max_steps
-    G, g = fit.gauss_newton(p), fit.gradient(p)
     eps = torch.finfo(p.v.dtype).eps
     for k in range(options.max_steps):
-        diagonal = G.diagonal(dim1=-2, dim2=-1)
-        scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
-        damped = G / scale.unsqueeze(-1) / scale.unsqueeze(-2)
-        damped = damped + torch.diag_embed(mu.unsqueeze(-1).expand_as(scale))
-        L, info = torch.linalg.cholesky_ex(damped)
-        d = -torch.cholesky_solve((g / scale).unsqueeze(-1), L).squeeze(-1) / scale
-        trial = fit.at(p.v + d)
+        G, g = fit.gauss_newton(p), fit.gradient(p)
+        damping = fit.damping(G, mu)
+        d, sound, trial = _trial(fit, p, G, G, damping, g)
+        if exact:
+            other, positive, place = _trial(fit, p, fit.with_curvature(G, p), G, damping, g)
+            lower = positive & (~sound | (place.objective < trial.objective))
+            d, sound, trial = where(lower, other, d), sound | positive, Point.pick(lower, place, trial)
         # an increase within rounding is taken too: close to the minimum the objective cannot tell a step from none
-        better = (info == 0) & (trial.objective <= p.objective * (1 + 8 * eps))
+        better = sound & (trial.objective <= p.objective * (1 + 8 * eps))
         length = (times(G, d) * d).sum(-1).clamp_min(0).sqrt() * (1 + mu)
         steps = steps + active
         taken = active & better
-        p = Point.pick(taken, trial, p)
-        close = taken & (mu <= 1) & (length <= options.atol + tol * fit.size(p))
+        close = taken & (mu <= 1) & (length <= options.atol + tol * fit.size(trial))
         # so close that the objective cannot tell better from worse: its gradient can, and Newton's method looks there
-        close = close | (active & (info == 0) & (length.square() <= 64 * eps * p.objective))
+        close = close | (active & sound & (length.square() <= 64 * eps * p.objective))
+        p = Point.pick(taken, trial, p)
         near = near | close
         mu = torch.where(taken, (mu / 5).clamp_min(1e-12), torch.where(active, mu * 4, mu))
         active = active & ~close & (mu <= _MOST_DAMPING) & (steps < options.max_steps)
         if (k + 1) % every == 0 and not active.is_meta and not bool(active.any()):
             break
-        if k + 1 < options.max_steps:
-            G, g = fit.gauss_newton(p), fit.gradient(p)
     return _State(p, mu.clamp_max(_MOST_DAMPING), steps), near
+
+
+def _trial(fit: Fit, p: Point, H: Tensor, G: Tensor, damping: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Point]:
+    """``-(H + diag(damping))^-1 g``, whether it is one (H is positive definite and F finite), and where it leads."""
+    diagonal = G.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1).sqrt()
+    damped = (H + torch.diag_embed(damping)) / scale.unsqueeze(-1) / scale.unsqueeze(-2)
+    L, info = torch.linalg.cholesky_ex(damped)
+    d = -gram_solve(L.mT, g / scale) / scale
+    trial = fit.at(p.v + d)
+    return d, (info == 0) & torch.isfinite(trial.objective), trial
 
 
 def _newton(
@@ -287,6 +313,7 @@ def _newton(
     second is within the tolerance, and leaves where it does not contract.
     """
     p, steps, done = state.p, state.steps, torch.zeros_like(active)
+    eps = torch.finfo(p.v.dtype).eps
     for k in range(_NEWTON_STEPS):
         R, singular = factorise(fit.with_curvature(fit.gauss_newton(p), p))
         active = active & ~singular & (steps < options.max_steps)
@@ -298,9 +325,9 @@ def _newton(
         length, rest = ((torch.linalg.vector_norm(times(R, t), dim=-1)) for t in (d, again))
         steps = steps + active
         enough = options.atol + rtol * fit.size(p)
-        contracts = rest <= length / 2
-        rounding = ~contracts & (length <= enough)  # nothing left to gain
         last = fit.at(trial.v + again)
+        contracts = (rest <= length / 2) & (last.objective <= p.objective * (1 + eps**0.5))
+        rounding = ~contracts & (length <= enough)  # nothing left to gain
         p = Point.pick(active & contracts, last, p)
         done = done | (active & (rounding | (contracts & (rest <= enough))))
         active = active & contracts & ~done

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_finite, check_tensor
+from difflayers._checks import broadcast_batch, check_finite, check_same, check_tensor, compute_dtype
 
 Fields = TypeVar("Fields", Tensor, tuple[Tensor, ...])
 
@@ -78,18 +78,31 @@ def diffusion_sorption_reference(
     from scipy.integrate import solve_ivp
     from scipy.sparse import diags
 
-    if cells < 3:
-        raise ValueError(f"cells: expected at least 3, got {cells}")
+    if not isinstance(cells, int) or cells < 3:
+        raise ValueError(f"cells: expected an integer of at least 3, got {cells!r}")
+    numbers = {"density": density, "freundlich": freundlich, "exponent": exponent}
+    for name, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name}: expected at least 0, got {number}")
+    if not math.isfinite(outflow_sign):
+        raise ValueError(f"outflow_sign: expected a number, got {outflow_sign}")
+    if not 0 < rtol < 1:
+        raise ValueError(f"rtol: expected a number between 0 and 1, got {rtol}")
     h, ratio = 1 / cells, outflow_sign * diffusion * cells
     if not diffusion > 0 or abs(ratio - 0.5) < 1e-9:
         raise ValueError(f"diffusion: expected more than 0, and not the width of a cell over 2, got {diffusion}")
     if not 0 < porosity < 1:
         raise ValueError(f"porosity: expected a number between 0 and 1, got {porosity}")
-    start = np.broadcast_to(torch.as_tensor(initial, dtype=torch.float64, device="cpu").numpy(), (cells,))
-    if not (start >= 0).all():
-        raise ValueError(f"initial: expected at least 0, got {start.min():g}")
+    given = torch.as_tensor(initial, dtype=torch.float64, device="cpu").detach()
+    if given.shape not in ((), (cells,)):
+        raise ValueError(f"initial: expected a number or shape ({cells},), got shape {tuple(given.shape)}")
+    start = given.expand(cells).numpy()
+    if not ((start >= 0) & np.isfinite(start)).all():
+        raise ValueError(f"initial: expected at least 0, got {start.min():g} to {start.max():g}")
+    if not 0 < end < math.inf:
+        raise ValueError(f"end: expected more than 0, got {end}")
     t = np.linspace(0.0, end, times) if isinstance(times, int) else np.asarray(times, dtype=float)
-    if t.ndim != 1 or len(t) < 1 or t[0] != 0 or not (np.diff(t) > 0).all():
+    if t.ndim != 1 or len(t) < 1 or t[0] != 0 or not (np.diff(t) > 0).all() or not np.isfinite(t).all():
         raise ValueError(f"times: expected increasing times from 0 on, got {times!r}")
     x = (np.arange(cells) + 0.5) * h
     factor, mirror = (1 - porosity) / porosity * density * freundlich * exponent, -(ratio + 0.5) / (0.5 - ratio)
@@ -149,12 +162,12 @@ def gaussian_random_field(
     for name, number in (("size", size), ("modes", modes), ("count", 1 if count is None else count)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"{name}: expected an integer of at least 1, got {number!r}")
-    if not length > 0:
+    if not 0 < length < math.inf:
         raise ValueError(f"length: expected more than 0, got {length}")
     like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     first, second = torch.arange(modes + 1, **like), torch.arange(-modes, modes + 1, **like)
     square = first[:, None].square() + second.square()
-    amplitude = torch.exp(-((2 * math.pi * length) ** 2) * square / 4)
+    amplitude = torch.exp(-((2 * math.pi * length) ** 2) * (square - 1) / 4)  # the lowest mode has 1, at any length
     half = (first[:, None] > 0) | (second > 0)  # one of each pair of opposite modes, none for the mean
     amplitude = torch.where(half, amplitude, 0)
     amplitude = amplitude / torch.linalg.vector_norm(amplitude)
@@ -193,6 +206,7 @@ def navier_stokes_reference(
 
     Raises:
         ValueError: For fields that are not square, times that do not increase, a negative viscosity, NaN or Inf.
+        RuntimeError: Where the steps are too long for the flow; lower `courant`.
 
     Not differentiable. Batch elements share their steps.
 
@@ -211,20 +225,27 @@ def navier_stokes_reference(
     if vorticity.shape[-2] != n or n < 4:
         raise ValueError(f"vorticity: expected a square of at least 4 by 4 points, got {tuple(vorticity.shape[-2:])}")
     stops = [float(s) for s in times]
-    if not stops or stops[0] < 0 or any(b <= a for a, b in pairwise(stops)):
+    fine = all(map(math.isfinite, stops)) and all(a < b for a, b in pairwise(stops))
+    if not stops or not fine or stops[0] < 0:
         raise ValueError(f"times: expected increasing times from 0 on, got {times!r}")
-    if not viscosity >= 0:
+    if not 0 <= viscosity < math.inf:
         raise ValueError(f"viscosity: expected at least 0, got {viscosity}")
-    if not courant > 0:
+    if not 0 < courant < math.inf:
         raise ValueError(f"courant: expected more than 0, got {courant}")
     if forcing is not None and check_tensor("forcing", forcing, min_ndim=2).shape[-2:] != vorticity.shape[-2:]:
         raise ValueError(f"forcing: expected shape ({n}, {n}) as of vorticity, got {tuple(forcing.shape[-2:])}")
-    check_finite([("vorticity", vorticity), *([] if forcing is None else [("forcing", forcing)])])
+    fields = [("vorticity", vorticity), *([] if forcing is None else [("forcing", forcing)])]
+    check_same(fields)
+    check_finite(fields)
+    batch = broadcast_batch([(name, tuple(field.shape[:-2])) for name, field in fields])
+    if not math.prod(batch):  # transforms of nothing are refused
+        return vorticity.new_zeros((*batch, len(stops), n, n))
+    dtype = vorticity.dtype
+    vorticity = vorticity.to(compute_dtype(dtype))
     with torch.no_grad():
         flow = _Flow(n, viscosity, vorticity, forcing)
         w, now, seen = flow.coefficients(vorticity), 0.0, []
-        if forcing is not None:
-            w = w.expand(torch.broadcast_shapes(w.shape, flow.force.shape))
+        w = w.expand((*batch, *w.shape[-2:]))
         for stop in stops:
             while stop - now > 1e-12 * max(stop, 1.0):
                 fastest = float(flow.speed(w))
@@ -237,7 +258,9 @@ def navier_stokes_reference(
                 now += left / steps
             now = stop
             seen.append(flow.field(w))
-        return torch.stack(seen, -3)
+            if not bool(torch.isfinite(seen[-1]).all()):
+                raise RuntimeError(f"navier_stokes_reference: the flow diverged before time {stop}; lower `courant`")
+        return torch.stack(seen, -3).to(dtype)
 
 
 class _Flow:
@@ -287,15 +310,16 @@ def cached_reference(path: str | os.PathLike[str], make: Callable[..., Fields], 
 
     Args:
         path: The file; its folder is made where there is none. A file of other arguments is replaced.
-        make: A function of this module, or another that returns a tensor or a tuple of tensors.
-        args: Its arguments: tensors, numbers, strings, and lists of those.
+        make: A function of this module, or another of some module's top level (that name is what is compared) that
+            returns a tensor or a tuple of tensors.
+        args: Its arguments: tensors, numbers, strings, None, and lists or tuples of those.
         options: Likewise.
 
     Returns:
-        The tensor or tuple.
+        The tensor or tuple, without gradient.
 
     Raises:
-        ValueError: Where `path` holds something else than a reference.
+        ValueError: Where `path` holds something else than a reference, or for arguments that could not be compared.
 
     Example:
         >>> import tempfile, pathlib
@@ -306,7 +330,10 @@ def cached_reference(path: str | os.PathLike[str], make: Callable[..., Fields], 
         True
     """
     path = Path(path)
-    call = [f"{make.__module__}.{make.__qualname__}", list(args), dict(sorted(options.items()))]
+    name = f"{getattr(make, '__module__', None)}.{getattr(make, '__qualname__', '<unnamed>')}"
+    if "<" in name:  # a lambda, or a function within a function: another may have the same name
+        raise ValueError(f"make: expected a function of a module's top level, got {name}")
+    call = [name, _plain("args", args), {key: _plain(key, options[key]) for key in sorted(options)}]
     if path.exists():
         try:
             kept = torch.load(path, weights_only=True)
@@ -316,6 +343,10 @@ def cached_reference(path: str | os.PathLike[str], make: Callable[..., Fields], 
         if _equal(made, call):
             return value
     value = make(*args, **options)
+    if not all(isinstance(t, Tensor) for t in (value if isinstance(value, tuple) else (value,))):
+        raise ValueError(f"make: expected a function that returns a tensor or a tuple of tensors, got {type(value)}")
+    # clones: of a view the whole storage would be written
+    value = tuple(t.detach().clone() for t in value) if isinstance(value, tuple) else value.detach().clone()
     path.parent.mkdir(parents=True, exist_ok=True)
     # whole or not at all: another process may be reading
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
@@ -329,6 +360,20 @@ def cached_reference(path: str | os.PathLike[str], make: Callable[..., Fields], 
     return value
 
 
+def _plain(name: str, argument: Any) -> Any:
+    """What can be written, read again and compared."""
+    if isinstance(argument, list | tuple):
+        return [_plain(name, a) for a in argument]
+    for kind in (bool, int, float, str):  # NumPy's float64 is a float, and would be written as something else
+        if isinstance(argument, kind):
+            return kind(argument)
+    if argument is None or isinstance(argument, torch.dtype):
+        return argument
+    if isinstance(argument, Tensor):
+        return argument.detach().clone()
+    raise ValueError(f"{name}: expected tensors, numbers, strings and lists of those, got {type(argument).__name__}")
+
+
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
@@ -336,4 +381,4 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return bool(type(a) is type(b) and a == b)
+    return bool(type(a) is type(b) and (a == b or (a != a and b != b)))

@@ -31,6 +31,7 @@ from difflayers.linalg._autodiff import autocast_off, opaque
 from difflayers.linalg._system import harmless
 
 from ._fit_call import FitCall
+from ._fit_problem import FitProblem
 from ._levenberg_marquardt import Fit, constant_derivative
 
 Terms = Tensor | Mapping[str, Tensor]
@@ -271,6 +272,12 @@ def _optimum(given: tuple[Any, ...], solver: Any, on_failure: OnFailure) -> Tens
     fit = call.problem(solver, Exact())
     problem = fit.implicit("residual_least_squares_value")
     x = solution_map(problem, call.args, on_failure=on_failure)
+    return optimal_value(call, fit, x, on_failure)
+
+
+def optimal_value(call: FitCall, fit: FitProblem, x: Tensor, on_failure: OnFailure) -> Tensor:
+    """The objective at the minimiser x, by the envelope theorem."""
+    problem = fit.implicit("residual_least_squares_value")
     with autocast_off(x):
         if on_failure != "nan":
             return envelope(fit.lagrangian, x, tuple(call.args)).to(call.dtype)

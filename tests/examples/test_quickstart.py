@@ -30,7 +30,7 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     page = quickstart.main(["--tiny", "--out", str(tmp_path)])
     html = page.read_text(encoding="utf-8")
     assert page == tmp_path / "index.html"
-    assert html.count("<h2>") == 5 and html.count("data:image/png;base64,") == 21
+    assert html.count("<h2>") == 6 and html.count("data:image/png;base64,") == 24
     assert 'name="viewport"' in html and "A tiny run" in html
     links = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert all(link.startswith(("data:", "#")) for link in links)
@@ -55,6 +55,9 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     numbers = json.loads((tmp_path / "relu" / "relu.json").read_text())
     assert numbers["gap"] < 1e-9 and numbers["gradients"]["error"] < 1e-4 and min(numbers["adam"]) > -1e-9
     assert len(numbers["trust"]) == 8 and numbers["beta"][0] != numbers["beta"][-1]
+    numbers = json.loads((tmp_path / "pde" / "pde.json").read_text())
+    few, *_ = numbers["gradients"]
+    assert few["exact"] < 1e-5 < 1e-3 < few["gauss_newton"] and len(numbers["errors"]["descent"]) == 4
 
 
 def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
@@ -62,11 +65,11 @@ def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
 
     quickstart.main(["--list", "--out", str(tmp_path)])
     listed = capsys.readouterr().out
-    names = ("implicit", "proximal", "conic", "transport", "relu")
+    names = ("implicit", "proximal", "conic", "transport", "relu", "pde")
     assert all(name in listed for name in names) and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         quickstart.main(["--chapter", "nothing", "--out", str(tmp_path)])
-    assert "there are: implicit, proximal, conic, transport, relu" in capsys.readouterr().err
+    assert "there are: implicit, proximal, conic, transport, relu, pde" in capsys.readouterr().err
 
 
 def test_page_escapes_what_it_shows(tmp_path):
@@ -135,6 +138,21 @@ def test_people_are_as_careful_as_told():
     for i, share in enumerate(WRONG):
         assert abs(wrong[data.who == i].mean() - share) < 0.12
     assert (data.test[1].abs() == 1).all()
+
+
+def test_the_law_of_a_rod_is_found_from_readings_without_noise():
+    """Readings of a law that can be fitted, from finite volumes that share no code with the layer."""
+    import numpy as np
+    import torch
+    from chapters._rod import NOISE, START, Readings, at_thermometers, finite_volumes, log_law, measure
+    from chapters.pde import constraint, misfit
+
+    law = START + torch.tensor([0.6, 1.2, -0.3, 0.0, 0.0], dtype=torch.float64)
+    exact = torch.tensor(at_thermometers(lambda u: np.exp(log_law(u, law.numpy())), 264))
+    data = Readings(measure().points, exact)
+    assert abs(finite_volumes(lambda u: 0.03 + 0 * u, 64).mean(1).std()) < 1e-8  # insulated
+    layer = constraint(256)
+    assert misfit(layer, law, data) * NOISE**2 < 2e-3**2 < misfit(layer, START, data) * NOISE**2
 
 
 def test_process_peak_is_measured():

@@ -1,4 +1,7 @@
-"""Directions from a network. Oracles: dense solves, conjugate gradients written down here, the gradient on paper."""
+"""Directions from a network. Oracles: dense solves, conjugate gradients written down here, the gradient on paper.
+
+Ritz vectors: eigenvectors by numpy where Lanczos has found all, and the weights of their mixtures by medians.
+"""
 
 from itertools import pairwise
 
@@ -8,7 +11,15 @@ import torch
 from torch import nn
 
 from difflayers import SolveError, SolveWarning, Status
-from difflayers.linalg import LearnedDirections, LinearOperator, Tag, linear_solve, linear_solve_ex
+from difflayers.linalg import (
+    CG,
+    LearnedDirections,
+    LinearOperator,
+    Tag,
+    linear_solve,
+    linear_solve_ex,
+    ritz_residuals,
+)
 
 F64 = torch.float64
 
@@ -136,6 +147,91 @@ def test_training_saves_steps():
     assert learned.converged.all() and int(learned.steps.max()) < int(plain.steps.min())
 
 
+class Cycle(nn.Module):
+    """Convolutions on ever coarser lines and back, without activations."""
+
+    def __init__(self, levels=5, channels=4):
+        super().__init__()
+        stencil = lambda i, o: nn.Conv1d(i, o, 3, padding=1, bias=False)  # noqa: E731
+        self.first, self.last = stencil(1, channels), stencil(channels, 1)
+        self.down = nn.ModuleList(stencil(channels, channels) for _ in range(levels))
+        self.up = nn.ModuleList(stencil(channels, channels) for _ in range(levels))
+
+    def forward(self, r):
+        h, kept = self.first(r.unsqueeze(-2)), []
+        for down in self.down:
+            kept.append(h)
+            h = down(nn.functional.avg_pool1d(h, 2))
+        for up in self.up:
+            h = kept.pop() + up(nn.functional.interpolate(h, scale_factor=2, mode="linear"))
+        return self.last(h).squeeze(-2)
+
+
+def test_poisson_on_a_line_needs_fewer_steps_than_conjugate_gradients():
+    """These need as many as there are unknowns, since information moves by one cell a step."""
+    n, steps = 64, 200
+    ones = torch.ones(n, dtype=F64)
+    A = 2 * torch.diag(ones) - torch.diag(ones[1:], 1) - torch.diag(ones[1:], -1)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, generator=generator, dtype=F64)
+    data = ritz_residuals(lambda v: A @ v, start, 128, generator=generator)
+    torch.manual_seed(0)
+    f = Cycle().double()
+    optimiser = torch.optim.Adam(f.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        LearnedDirections(network=f).loss(lambda v: v @ A, data).mean().backward()
+        optimiser.step()
+        schedule.step()
+    b = torch.randn(20, n, generator=generator, dtype=F64)  # held out
+    learned, plain = (linear_solve_ex(A, b, solver=s) for s in (LearnedDirections(network=f, rtol=1e-3), CG(rtol=1e-3)))
+    assert learned.converged.all() and plain.converged.all()
+    assert learned.steps.double().mean() < 0.7 * plain.steps.double().mean()
+    assert plain.steps.double().mean() > 55
+
+
+def test_ritz_vectors_are_eigenvectors_in_the_end():
+    """With as many as unknowns; every residual is a mixture, the lower half with nine times the weight."""
+    A, start = definite(n=10)
+    generator = torch.Generator().manual_seed(0)
+    r = ritz_residuals(lambda v: A @ v, start, 4000, generator=generator)
+    torch.testing.assert_close(r.norm(dim=-1), torch.ones(4000, dtype=F64))
+    _, Q = np.linalg.eigh(A.numpy())
+    parts = (r @ torch.tensor(Q)).abs()
+    ratios = (parts[:, :5] / parts[:, 5:]).median(0).values  # of two normal numbers: 1
+    assert ((ratios > 8) & (ratios < 10)).all()
+    parts = (ritz_residuals(lambda v: A @ v, start, 4000, weight=1.0, generator=generator) @ torch.tensor(Q)).abs()
+    ratios = (parts[:, :5] / parts[:, 5:]).median(0).values
+    assert ((ratios > 0.9) & (ratios < 1.1)).all()
+
+
+def test_ritz_vectors_of_few_steps_span_the_krylov_space():
+    A, start = definite(n=20)
+    r = ritz_residuals(lambda v: A @ v, start, 50, vectors=4, generator=torch.Generator().manual_seed(0))
+    assert int(torch.linalg.matrix_rank(r)) == 4
+    krylov = torch.stack([torch.linalg.matrix_power(A, k) @ start for k in range(4)])
+    krylov = krylov / krylov.norm(dim=-1, keepdim=True)
+    assert int(torch.linalg.matrix_rank(torch.cat([krylov, r]), tol=1e-8)) == 4
+    again = ritz_residuals(lambda v: A @ v, start, 50, vectors=4, generator=torch.Generator().manual_seed(0))
+    assert r.equal(again)
+
+
+def test_lanczos_ends_with_the_space():
+    """Two distinct eigenvalues: two vectors, whatever was asked for. No gradient is recorded."""
+    d = torch.tensor([1.0] * 5 + [3.0] * 5, requires_grad=True)
+    r = ritz_residuals(lambda v: d * v, torch.ones(10), 7, vectors=8)
+    assert r.shape == (7, 10) and r.dtype == torch.float32 and not r.requires_grad
+    torch.testing.assert_close(r[:, :5].std(-1) + r[:, 5:].std(-1), torch.zeros(7), rtol=0, atol=1e-6)
+    one = ritz_residuals(lambda v: 2 * v, torch.ones(3), 2)
+    torch.testing.assert_close(one.abs(), torch.full((2, 3), 3**-0.5))
+    for wrong in (torch.zeros(3), torch.ones(2, 3), torch.full((3,), torch.nan)):
+        with pytest.raises(ValueError, match="start: expected"):
+            ritz_residuals(lambda v: 2 * v, wrong, 2)
+    with pytest.raises(ValueError, match="count: expected an integer of at least 1, got 0"):
+        ritz_residuals(lambda v: 2 * v, torch.ones(3), 0)
+
+
 def test_ends():
     A, b = definite(3, n=6)
     solver = LearnedDirections(network=lambda r: r)
@@ -164,3 +260,10 @@ def test_bad_input():
         linear_solve(A, b, solver=LearnedDirections(network=lambda r: r[..., :3]))
     with pytest.raises(ValueError, match="network: expected a function"):
         LearnedDirections(network=None)
+
+
+def test_a_residual_or_proposal_of_zeros_has_a_loss():
+    residuals = torch.tensor([[0.0, 0.0, 0.0], [3.0, 0.0, 4.0]], dtype=torch.float64)
+    product = lambda v: 2 * v  # noqa: E731
+    assert LearnedDirections(network=lambda r: r).loss(product, residuals).tolist() == [0.0, 0.0]
+    assert LearnedDirections(network=torch.zeros_like).loss(product, residuals).tolist() == [0.0, 1.0]

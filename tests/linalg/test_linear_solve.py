@@ -615,3 +615,10 @@ def test_autocast_is_off_inside():
             exact = -torch.outer(v, want.double())
             exact = (exact + exact.mT) / 2 if isinstance(solver, Cholesky | CG) else exact
             torch.testing.assert_close(g.double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", [CG, GMRES])
+def test_options_out_of_range_are_named(solver):
+    for name, bad in (("rtol", -1.0), ("atol", -1.0), ("max_steps", -1), ("max_steps", True), ("check_every", 0)):
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            solver(**{name: bad})

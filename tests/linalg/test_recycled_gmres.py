@@ -187,6 +187,27 @@ def test_ends():
         linear_solve(A, b, solver=RecycledGMRES(max_steps=2))
 
 
+@pytest.mark.parametrize("n", [12, 30, 50])
+def test_a_map_that_hides_from_the_kept_directions(n):
+    """A cyclic shift: no cycle short of n gains anything, and the kept image covers that of the residual."""
+    A, b = torch.roll(torch.eye(n, dtype=F64), 1, 0), torch.eye(n, dtype=F64)[0]
+    easy = 2 * torch.eye(n, dtype=F64)
+    for recycle, space in ((3, None), (1, RecycledSpace()), (3, RecycledSpace())):
+        for _ in range(2):
+            solver = RecycledGMRES(restart=10, recycle=recycle, space=space)
+            solution = linear_solve_ex(torch.stack([A, easy]), b, solver=solver)
+            assert solution.converged.all()
+            torch.testing.assert_close(solution.value, torch.stack([b.roll(-1), b / 2]))
+
+
+def test_a_space_does_not_grow_for_ever():
+    space = RecycledSpace()
+    for count in range(1, 30):
+        A, b = general(count, n=8)
+        linear_solve(A, b, solver=RecycledGMRES(restart=4, recycle=2, space=space))
+    assert repr(space).count("8)") == 16 and "(29, " in repr(space)
+
+
 def test_systems_are_sorted_to_the_nearest():
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(30, 2, 3, generator=generator, dtype=F64)
@@ -207,6 +228,12 @@ def test_bad_options():
         RecycledGMRES(restart=10, recycle=10)
     with pytest.raises(ValueError, match="recycle: expected an integer of at least 1"):
         RecycledGMRES(recycle=0)
+    with pytest.raises(ValueError, match="check_every: expected an integer of at least 1, got 0"):
+        RecycledGMRES(check_every=0)
+    with pytest.raises(ValueError, match="atol: expected None or a number of at least 0"):
+        RecycledGMRES(atol=-1.0)
+    with pytest.raises(ValueError, match="space: expected None or a RecycledSpace, got dict"):
+        RecycledGMRES(space={})
     with pytest.raises(ValueError, match="start: expected a number from 0 to 2"):
         sort_systems(torch.zeros(3, 1), start=3)
     with pytest.raises(ValueError, match="parameters: expected a tensor"):

@@ -190,3 +190,14 @@ def test_bad_input():
         linear_solve(A._replace(values=A.values * torch.nan), b)
     with pytest.raises(ValueError, match="A: expected columns in"):
         linear_solve(A._replace(col_indices=A.col_indices.flip(0)), b)
+    with pytest.raises(ValueError, match=r"A\.col_indices: expected a tensor of integers, got torch\.float32"):
+        linear_solve(A._replace(col_indices=A.col_indices.float()), b)
+    with pytest.raises(ValueError, match=r"A\.crow_indices: expected a tensor of integers, got list"):
+        linear_solve(A._replace(crow_indices=A.crow_indices.tolist()), b)
+
+
+def test_a_matrix_without_entries_is_singular():
+    none = torch.zeros(0, dtype=torch.int64)
+    A = SparseMatrix(torch.zeros(4, dtype=torch.int64), none, torch.zeros(2, 0, dtype=F64), (3, 3))
+    for solver in (SuperLU(), GMRES()):
+        assert linear_solve_ex(A, torch.ones(3, dtype=F64), solver=solver).status.tolist() == [Status.SINGULAR] * 2

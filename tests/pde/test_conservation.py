@@ -299,6 +299,80 @@ def test_rows_that_depend_on_each_other_up_to_rounding():
     assert bool(conserve_ex(normal(2, 40, N), normal(3, 40, N).exp(), normal(4, 40, 3), close).converged.all())
 
 
+def test_a_matrix_that_is_no_covariance():
+    """Its update has a negative variance, which must not pass for one that rounding made."""
+    indefinite = torch.tensor([[1.0, 2.0], [2.0, 1.0]], dtype=torch.float64)
+    both = torch.stack([indefinite, torch.eye(2, dtype=torch.float64)])
+    mean, b, G = torch.zeros(2, 2).double(), torch.ones(2, 1).double(), torch.ones(1, 2).double()
+    with pytest.raises(SolveError, match=r"conserve .*elements 0\).*SINGULAR"):
+        conserve(mean, both, b, G)
+    found, left = conserve(mean, both, b, G, on_failure="nan")
+    assert torch.isnan(found[0]).all() and torch.isnan(left[0]).all()
+    assert found[1].tolist() == [0.5, 0.5] and left[1].tolist() == [[0.5, -0.5], [-0.5, 0.5]]
+    variances = torch.tensor([[1.0, -0.1], [1.0, 0.1]], dtype=torch.float64)
+    assert conserve_ex(mean, variances, b, G).status.tolist() == [Status.SINGULAR, Status.CONVERGED]
+    assert conserve_ex(mean, variances.abs(), b, G, torch.tensor([0.1, -0.1]).double()).status.tolist() == [
+        Status.CONVERGED,
+        Status.SINGULAR,
+    ]
+
+
+def test_integrals_that_are_known_already():
+    """Nothing but rounding is left of ``G covariance G^T``: no answer is better than one divided by it."""
+    mean, S, b, G = problem(full=True)
+    found, left = conserve(mean, S, b, G)
+    for rows, sums in ((G, b + 1), (G[:1], b[:1] + 1), (normal(8, 1, M) @ G, b[:1])):
+        assert conserve_ex(found, left, sums, rows).status == Status.SINGULAR
+        assert conserve_ex(found, left, sums, rows, 1e-3).converged
+    # one integral after the other is as good as all at once
+    one = conserve(*conserve(mean, S, b[:1], G[:1]), b[1:], G[1:])
+    for a, e in zip(one, (found, left), strict=True):
+        assert float((a - e).abs().max()) < 1e-12 * float(S.abs().max())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_covariance_without_an_inverse_has_no_density(full):
+    mean, covariance, b, G = problem(full)
+    covariance = torch.stack([covariance, covariance])
+    if full:
+        covariance[1, :2, :2] = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    else:
+        covariance[1, 3] = 0
+    means, u = mean.expand(2, N), normal(7, 2, N)
+    with pytest.raises(SolveError, match=r"conserved_log_likelihood .*1 of 2 .*elements 1\).*SINGULAR"):
+        conserved_log_likelihood(u, means, covariance, b.expand(2, M), G, 0.1)
+    with pytest.raises(SolveError, match=r"conserved_log_likelihood .*2 of 2 .*SINGULAR"):
+        conserved_log_likelihood(u, means, covariance[:1], b.expand(2, M), torch.stack([G[0], 3 * G[0]]))
+    with pytest.raises(ValueError, match="u: expected finite numbers"):
+        conserved_log_likelihood(u * math.nan, means, covariance[:1], b.expand(2, M), G, 0.1)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_no_rows_and_no_entries(full):
+    mean, covariance, b, G = problem(full)
+    args = [t.expand(2, *t.shape).clone().requires_grad_() for t in (mean, covariance, b[:0], G[:0])]
+    found = conserve(*args)
+    assert torch.equal(found[0], args[0]) and torch.allclose(found[1], args[1], atol=0, rtol=1e-15)
+    grads = torch.autograd.grad(found[0].sum() + found[1].sum(), args)
+    assert bool((grads[0] == 1).all()) and bool((grads[1] == 1).all())
+    u = normal(7, N)
+    expected = multivariate_normal(mean.numpy(), dense(covariance).numpy()).logpdf(u.numpy())
+    assert conserved_log_likelihood(u.expand(2, N), *args)[0].item() == pytest.approx(expected, rel=1e-12)
+    nothing = conserve(mean[:0], covariance[:0, :0] if full else covariance[:0], b[:0], G[:0, :0])
+    assert [t.numel() for t in nothing] == [0, 0]
+
+
+def test_the_likelihood_is_that_of_the_prediction_less_that_of_its_integrals():
+    """What the training of a network through the layer does not see is the mass of its prediction."""
+    mean, S, _, G = problem(full=True)
+    u = normal(7, N)
+    whole = multivariate_normal(mean.numpy(), S.numpy()).logpdf(u.numpy())
+    integrals = multivariate_normal((G @ mean).numpy(), (G @ S @ G.mT).numpy()).logpdf((G @ u).numpy())
+    assert float(conserved_log_likelihood(u, mean, S, G @ u, G)) == pytest.approx(whole - integrals, rel=1e-10)
+    moved = mean + S @ G.mT @ normal(8, M)  # along the correction
+    assert float(conserved_log_likelihood(u, moved, S, G @ u, G)) == pytest.approx(whole - integrals, rel=1e-10)
+
+
 def test_shapes_that_do_not_fit():
     mean, variance, b, G = problem(full=False)
     with pytest.raises(ValueError, match=r"covariance: expected shape \(2, 6\) \(a diagonal\) or \(2, 6, 6\)"):
@@ -321,8 +395,12 @@ def test_a_period_belongs_to_a_circle(rule, period):
         conservation_operator(grid, rule, period=period)
     with pytest.raises(ValueError, match="period: expected more than the length"):
         conservation_operator(grid, "periodic", period=0.5)
+    with pytest.raises(ValueError, match="period: expected a length, got inf"):
+        conservation_operator(grid, "periodic", period=math.inf)
     with pytest.raises(ValueError, match='rule: expected "trapezoid"'):
         conservation_operator(grid, "simpson")
+    with pytest.raises(ValueError, match="slices: expected None or an integer of at least 1, got True"):
+        conservation_operator(grid, slices=True)
 
 
 def test_module():

@@ -158,6 +158,21 @@ def test_objective_is_a_weighted_mean():
         np.testing.assert_allclose(field.weights[i].numpy(), w, rtol=1e-10)
         assert field.norms["residual"][i].item() == pytest.approx(np.sqrt(np.mean((2 * w[2] + f.numpy()) ** 2)))
         assert field.norms["dirichlet x=1"][i].item() == pytest.approx(abs(w.sum() - end))
+        assert field.objective[i].item() == pytest.approx(np.sum((rows @ w - right) ** 2) / 2, rel=1e-10)
+
+
+def test_the_objective_has_the_derivative_of_the_envelope():
+    pde = Burgers(conditions=(Initial("u0"), Dirichlet("x")))
+    layer = PDEConstraint(pde, sampler=Sobol(points=20, boundary=4), ridge=1e-2).double()
+
+    def value(a: Tensor, nu: Tensor, start: Tensor) -> Tensor:
+        basis = lambda p: torch.sin(a * p[1] + p[0] * torch.arange(3, dtype=F64))  # noqa: E731
+        return layer(basis, {"nu": nu}, {"u0": start}).objective
+
+    inputs = [torch.tensor(t, dtype=F64, requires_grad=True) for t in ([1.0, 2.0, 3.5], [[0.1], [0.3]], [0.4])]
+    assert value(*inputs).shape == (2,)
+    assert torch.autograd.gradcheck(value, inputs)
+    assert torch.autograd.gradgradcheck(value, inputs, atol=1e-5)
 
 
 def test_offset_lifts_the_initial_values():

@@ -110,6 +110,7 @@ def test_linear_experts_by_hand():
             np.testing.assert_allclose(field.value[i, e].numpy(), w, rtol=1e-10)
             miss = np.sqrt(np.mean((2 * w[2] + f.numpy()[mine]) ** 2))
             assert field.norms["residual"][i, e].item() == pytest.approx(miss)
+            assert field.objective[i, e].item() == pytest.approx(np.sum((rows @ w - right) ** 2) / 2, rel=1e-10)
         jump = [1, 0.5, 0.25] @ (field.value[i, 0] - field.value[i, 1]).numpy()
         assert field.jumps[i].item() == pytest.approx(abs(jump))
     assert field.norms["dirichlet x=1"][0, 0] == 0  # a condition that the expert does not have
@@ -198,7 +199,7 @@ def test_continuity_is_one_problem_by_hand():
             block[:, 3 * e + 2] = 2 / math.sqrt(n)
             rows, right = [*rows, block], [*right, np.full(n, -2 / math.sqrt(n))]
         left, end = np.array([[1.0, 0, 0, 0, 0, 0]]), np.array([[0, 0, 0, 1.0, 1, 1]])
-        seam = np.array([[1, 0.5, 0.25, -1, -0.5, -0.25], [0, 1, 1, 0, -1, -1]])
+        seam = np.array([[1, 0.5, 0.25, -1, -0.5, -0.25], [0, 0.5, 0.5, 0, -0.5, -0.5]])  # slopes times the width
         rows, right = [*rows, end, math.sqrt(0.1) * np.eye(6)], [*right, [-1.0], np.zeros(6)]
         if not exact:
             rows, right = [*rows, left, 2 * seam], [*right, [1.0], np.zeros(2)]
@@ -208,6 +209,8 @@ def test_continuity_is_one_problem_by_hand():
             system = np.block([[A.T @ A, C.T], [C, np.zeros((3, 3))]])
             expected = np.linalg.solve(system, np.concatenate([A.T @ y, [1.0, 0, 0]]))[:6]
         np.testing.assert_allclose(w, expected, rtol=1e-8, atol=1e-10)
+        rows, right = np.concatenate(rows), np.concatenate(right)
+        assert layer(powers(3)).objective.item() == pytest.approx(np.sum((rows @ expected - right) ** 2) / 2)
 
 
 def test_periodic_grids_have_a_seam_at_their_ends():

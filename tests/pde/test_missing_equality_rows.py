@@ -1,6 +1,6 @@
 """Elements of a batch with fewer exact rows than others: rows of zeros stand for none.
 
-Oracle, written before the code: the same element alone, with its zero rows left out (and without `equality` where none
+Oracle: the same element alone, with its zero rows left out (and without `equality` where none
 is left), whose values and derivatives are tested elsewhere against dense systems.
 """
 

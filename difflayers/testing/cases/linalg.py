@@ -26,7 +26,7 @@ from difflayers.linalg import (
 )
 from difflayers.testing._case import Hostile, LayerCase, Wrong
 
-from . import _linalg_recycled, _linalg_sparse
+from . import _linalg_minres, _linalg_recycled, _linalg_sparse
 from ._common import normal, numbers, per_element
 
 __all__ = ["CASES"]
@@ -313,4 +313,10 @@ LEAST_SQUARES: tuple[LayerCase, ...] = (
     ),
 )
 
-CASES: tuple[LayerCase, ...] = (*LINEAR_SOLVES, *LEAST_SQUARES, *_linalg_sparse.CASES, *_linalg_recycled.CASES)
+CASES: tuple[LayerCase, ...] = (
+    *LINEAR_SOLVES,
+    *LEAST_SQUARES,
+    *_linalg_sparse.CASES,
+    *_linalg_recycled.CASES,
+    *_linalg_minres.CASES,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from difflayers.testing._case import LayerCase
 
-from . import _pde_conservation, _pde_constraint, _pde_experts, _pde_layer
+from . import _pde_conservation, _pde_constraint, _pde_darcy, _pde_experts, _pde_layer
 
 __all__ = ["CASES"]
 
@@ -13,4 +13,5 @@ CASES: tuple[LayerCase, ...] = (
     *_pde_conservation.CASES,
     *_pde_layer.CASES,
     *_pde_experts.CASES,
+    *_pde_darcy.CASES,
 )
