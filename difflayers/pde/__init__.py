@@ -55,7 +55,7 @@ from ._exact_solutions import (
 from ._experts import DomainExperts
 from ._field import ConstrainedField, ExpertField
 from ._figures import plot_field
-from ._gates import HardBoxes, PartitionOfUnity
+from ._gates import HardBoxes, PartitionOfUnity, Seam
 from ._interface import Continuity
 from ._reference_solvers import (
     cached_reference,
@@ -102,6 +102,7 @@ __all__ = [
     "Poisson",
     "ResidualSolution",
     "Robin",
+    "Seam",
     "Sobol",
     "Spectral",
     "TrainingHistory",

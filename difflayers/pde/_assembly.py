@@ -92,7 +92,7 @@ class Assembly:
     weights: Tensor
     rows: list[Rows]
 
-    def call(self, ridge: float) -> tuple[Any, ...]:
+    def call(self, ridge: float, init: Tensor | None) -> tuple[Any, ...]:
         """The arguments of :func:`residual_least_squares`, in their order."""
         names = self.recipe.pde.terms
         return (
@@ -104,7 +104,9 @@ class Assembly:
             self.soft(),
             self.exact(),
             ridge,
-            *(None,) * 3,
+            None,
+            init,
+            None,
         )
 
     def soft(self) -> tuple[Tensor, Tensor, Tensor] | None:

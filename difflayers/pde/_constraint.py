@@ -47,10 +47,12 @@ class PDEConstraint(nn.Module):
         on_failure: ``"raise"``, ``"nan"`` (NaN for failed elements alone) or ``"ignore"``.
 
     Shape:
-        ``layer(basis, params, values, offset=None)``: `basis` as :class:`Jvp` or the grids want it; `params` replace
-        those of the equation; `values` are those that conditions ask for by name: numbers, tensors ``(*batch, 1)`` or
-        ``(*batch, m)``, or functions of points. `offset` is a field to which the basis adds, in the form of a basis
-        without its last dimension (one that satisfies the initial values, beside basis functions that vanish there).
+        ``layer(basis, params, values, offset=None, init=None)``: `basis` as :class:`Jvp` or the grids want it; `params`
+        replace those of the equation; `values` are those that conditions ask for by name: numbers, tensors ``(*batch,
+        1)`` or ``(*batch, m)``, or functions of points. `offset` is a field to which the basis adds, in the form of a
+        basis without its last dimension (one that satisfies the initial values, beside basis functions that vanish
+        there). `init`, ``(*batch, K)``, is where the iteration starts, such as the coefficients of the last call: no
+        gradient flows to it.
         Returns a :class:`ConstrainedField`. The dtype and device are those of the basis if it is a tensor or a module
         with parameters, else of the layer (``layer.double()``, ``layer.to(device)``).
 
@@ -98,7 +100,7 @@ class PDEConstraint(nn.Module):
         super().__init__()
         check_policy(on_failure)
         if not isinstance(pde, PDE):
-            raise ValueError(f"pde: expected an instance of PDE, got {pde!r}")
+            raise ValueError(f"pde: expected an instance of PDE, such as Burgers(), got {pde!r}")
         self.pde, self.derivatives = pde, check_derivatives(derivatives)
         grid = None if isinstance(self.derivatives, Jvp) else self.derivatives.grid
         if grid is not None and sampler is not None and sampler is not grid:
@@ -129,19 +131,30 @@ class PDEConstraint(nn.Module):
         return f"{self.pde}, {self.derivatives}, {self.sampler}"
 
     def forward(
-        self, basis: Basis, params: Given | None = None, values: Given | None = None, *, offset: Basis | None = None
+        self,
+        basis: Basis,
+        params: Given | None = None,
+        values: Given | None = None,
+        *,
+        offset: Basis | None = None,
+        init: Tensor | None = None,
     ) -> ConstrainedField:
         """The field that the equation makes of a basis."""
-        return _solved(self, basis, params, values, offset)
+        return _solved(self, basis, params, values, offset, init)
 
 
 @opaque
 def _solved(
-    layer: PDEConstraint, basis: Basis, params: Given | None, values: Given | None, offset: Basis | None
+    layer: PDEConstraint,
+    basis: Basis,
+    params: Given | None,
+    values: Given | None,
+    offset: Basis | None,
+    init: Tensor | None,
 ) -> ConstrainedField:
     recipe = layer.recipe(layer.sampler)
     parts = assemble(recipe, basis, params, values, offset, dtype_and_device(basis, layer._like))
-    found, objective = fitted(layer, parts.call(layer.ridge), layer.on_failure, "PDEConstraint")
+    found, objective = fitted(layer, parts.call(layer.ridge, init), layer.on_failure, "PDEConstraint")
     terms = parts.terms(found.value)
     report = found.status, found.steps, found.residual, found.multipliers, found.linear
     norms, evaluate = parts.norms(found.value, terms), Evaluator(recipe, basis, offset)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from difflayers._checks import check_tensor
 from difflayers._solution import Info, OnFailure, SolveWarning
 from difflayers.linalg._autodiff import opaque
 
@@ -49,7 +50,7 @@ class DomainExperts(nn.Module):
     Shape:
         As :class:`PDEConstraint`, with an :class:`ExpertField` as result. Tensors in `params` and `values` are
         ``(*batch, 1)``, or have a number for each point of the undivided grid or face; functions of points see the
-        points of all experts.
+        points of all experts. `init` is ``(*batch, E, K)``.
 
     Raises:
         ValueError: As :class:`PDEConstraint`; for an expert without points, and a :class:`Periodic` condition on a
@@ -138,17 +139,32 @@ class DomainExperts(nn.Module):
         return f"{self.gate}, conditions={self.conditions!r}, continuity={self.continuity}"
 
     def forward(
-        self, basis: Basis, params: Given | None = None, values: Given | None = None, *, offset: Basis | None = None
+        self,
+        basis: Basis,
+        params: Given | None = None,
+        values: Given | None = None,
+        *,
+        offset: Basis | None = None,
+        init: Tensor | None = None,
     ) -> ExpertField:
         """The field that the equation makes of a basis on every box."""
-        return _solved(self, basis, params, values, offset)
+        if init is not None:
+            init, E = check_tensor("init", init, min_ndim=2).detach(), self.tiling.count
+            if init.shape[-2] != E:
+                raise ValueError(f"init: expected a tensor (*batch, {E}, K), got {tuple(init.shape)}")
+        return _solved(self, basis, params, values, offset, init)
 
 
 @opaque
 def _solved(
-    layer: DomainExperts, basis: Basis, params: Given | None, values: Given | None, offset: Basis | None
+    layer: DomainExperts,
+    basis: Basis,
+    params: Given | None,
+    values: Given | None,
+    offset: Basis | None,
+    init: Tensor | None,
 ) -> ExpertField:
-    given = basis, params, values, offset
+    given = basis, params, values, offset, init
     if layer.mesh is None:
         inside, found, objective, terms, norms = _part(
             layer, range(layer.tiling.count), given, layer.constraint.on_failure
@@ -169,15 +185,16 @@ def _part(layer: DomainExperts, experts: Sequence[int], given: tuple[Any, ...], 
     """Some of the experts: their points, coefficients with a report, what computes the objective, terms and norms."""
     inner = layer.constraint
     sampler = Divided(inner.sampler, layer.tiling, layer.conditions == "all", experts)
-    basis, params, values, offset = given
+    basis, params, values, offset, init = given
     like = dtype_and_device(basis, inner._like)
     parts = assemble(inner.recipe(sampler), basis, params, values, offset, like)
     if layer.continuity is None or not layer.seams:
-        found, objective = fitted(inner, parts.call(inner.ridge), on_failure, "DomainExperts")
+        here = None if init is None else init[..., list(experts), :]
+        found, objective = fitted(inner, parts.call(inner.ridge, here), on_failure, "DomainExperts")
     else:
         seams = Seams(parts.recipe, sampler, layer.seams)
         rows = seams.rows(basis, offset, layer.continuity, parts.inside.points)
-        whole = joint_call(parts, inner.ridge, rows, layer.continuity)
+        whole = joint_call(parts, inner.ridge, init, rows, layer.continuity)
         joint, objective = fitted(inner, whole, on_failure, "DomainExperts")
         E = layer.tiling.count
         status, steps, residual, linear = (
@@ -193,7 +210,7 @@ def _over_mesh(layer: DomainExperts, given: tuple[Any, ...]) -> Solved:
     """All experts, of which this process solves its own."""
     inner, mesh, E = layer.constraint, layer.mesh, layer.tiling.count
     mine = share(E, mesh)
-    basis, params, values, offset = given
+    basis, params, values, offset, init = given
     tree = {
         "basis": basis,
         "params": {**inner.pde.params, **(params or {})},
@@ -208,7 +225,7 @@ def _over_mesh(layer: DomainExperts, given: tuple[Any, ...]) -> Solved:
     def work() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SolveWarning)  # of all experts below
-            inside, found, objective, terms, norms = _part(layer, mine, tuple(tree.values()), quiet)
+            inside, found, objective, terms, norms = _part(layer, mine, (*tree.values(), init), quiet)
         return inside, found, objective(), terms, norms
 
     inside, found, optimum, terms, norms = together(mesh, work)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from difflayers._checks import check_same
 from difflayers._solution import Solution
 
 from ._assembly import Recipe, weighed
@@ -40,6 +41,7 @@ class Evaluator:
                 "points for its values there"
             )
         else:
+            check_same([("the field", w), ("points", points)])
             pde.domain.check("points", points)
             flat, shape = points.flatten(0, -2), tuple(points.shape[:-1])
         out = self._mixed(self._at(self.basis, flat, event), w, flat, event, shape)

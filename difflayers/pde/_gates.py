@@ -23,6 +23,11 @@ class Seam(NamedTuple):
         upper: The expert above; of a periodic coordinate also the first one, above the last.
         coordinate: The one across.
         at: Its value there, the upper end where a periodic coordinate closes.
+
+    Example:
+        >>> from difflayers.pde import Seam
+        >>> Seam(lower=0, upper=1, coordinate="x", at=0.5).at
+        0.5
     """
 
     lower: int

@@ -146,12 +146,18 @@ def _both(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[Tensor, ..
 
 
 def joint_call(
-    parts: Assembly, ridge: float, rows: tuple[Tensor, Tensor, Tensor, list[str]], rule: Continuity
+    parts: Assembly,
+    ridge: float,
+    init: Tensor | None,
+    rows: tuple[Tensor, Tensor, Tensor, list[str]],
+    rule: Continuity,
 ) -> tuple[Any, ...]:
     """The arguments of :func:`residual_least_squares` for all experts as one element with ``E K`` coefficients."""
     A, y, average, names = rows
     E, N = A.shape[-2], parts.B.shape[-3]
-    terms, residual, params, offset, weights, soft, exact, *rest = parts.call(ridge)
+    terms, residual, params, offset, weights, soft, exact, *rest = parts.call(
+        ridge, None if init is None else init.flatten(-2)
+    )
     own = torch.eye(E, dtype=A.dtype, device=A.device)
 
     def apart(t: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Row:
 
 def compare(layer: PDEConstraint, data: Readings, tiny: bool) -> Row:
     """The equation as a constraint, in a numerical solver, and as a penalty."""
-    most, sampler = (3, Sobol(64, 16)) if tiny else (400, layer.sampler)
+    most, sampler = (3, Sobol(64, 16)) if tiny else (1000, layer.sampler)
     assert isinstance(sampler, Sobol)
     return Row(
         learn(layer, data, most),
@@ -275,9 +275,10 @@ def blocks(
         ),
         Heading("Is the gradient right?"),
         Text(
-            "With so many functions the equation holds at no point exactly. The field is a stationary point of the "
-            "squared residual, and its derivative needs the whole Hessian there. Without curvature of the equation, as "
-            "in the method of Gauss and Newton, it is that of another function: the more the residual is, the more so."
+            "There are more points than functions, so the equation holds at none of them exactly. The field is a "
+            "stationary point of the squared residual, and its derivative needs the whole Hessian there. Without "
+            "curvature of the equation, as in the method of Gauss and Newton, it is that of another function: the "
+            "more the residual is, the more so."
         ),
         Table(
             ("basis functions", "residual", "exact Hessian", "Gauss-Newton"),

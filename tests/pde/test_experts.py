@@ -278,6 +278,19 @@ def test_scales_divide_rows():
             DiffusionSorption(scales=bad)
 
 
+@pytest.mark.parametrize("continuity", [None, Continuity()])
+def test_a_start_at_the_solution_takes_few_steps(continuity):
+    layer = DomainExperts(burgers(), HardBoxes(x=2), continuity=continuity).double()
+    first = layer(Waves(), values={"u0": start})
+    again = layer(Waves(), values={"u0": start}, init=first.value)
+    torch.testing.assert_close(again.value, first.value, rtol=1e-8, atol=1e-10)
+    assert bool((again.steps < first.steps).all())
+    with pytest.raises(ValueError, match=r"init: expected a tensor \(\*batch, 2, K\), got \(3, 6\)"):
+        layer(Waves(), values={"u0": start}, init=first.value[[0, 1, 0]])
+    with pytest.raises(ValueError, match="points: expected dtype torch"):
+        first(torch.zeros(1, 2))
+
+
 def test_bad_input_is_named():
     inner = PDEConstraint(Poisson(domain=LINE), ridge=0.1)
     for message, make in (
