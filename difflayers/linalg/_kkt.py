@@ -103,7 +103,11 @@ def _gram_solve(R: Tensor, v: Tensor) -> Tensor:
     """``(R^T R)^-1 v``."""
     if not R.shape[-1]:
         return v
-    return solve_columns(lambda R, b: torch.cholesky_solve(b, R, upper=True), (R,), (2,), v)
+    # cholesky_solve copies its factor, which takes longer than the solve where that is large
+    solve = lambda R, b: torch.linalg.solve_triangular(  # noqa: E731
+        R, torch.linalg.solve_triangular(R.mT, b, upper=False), upper=True
+    )
+    return solve_columns(solve, (R,), (2,), v)
 
 
 def _upper_solve(R: Tensor, v: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
 from difflayers.implicit import Exact, GaussNewton, LevenbergMarquardt
-from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast, sample, transforms_active
+from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast, physical, sample, transforms_active
 from difflayers.linalg._captured import Seen, gradients_wanted, refuse_held, refuse_probed, refuse_seen
 
 from ._fit_problem import NAMES, NDIMS, FitProblem
@@ -84,7 +84,17 @@ class FitCall:
             + [(n, tuple(t.shape[: t.ndim - k])) for n, t, k in zip(kept, tensors, events, strict=True)]
         )
         work = compute_dtype(self.dtype)
-        self.args = [t.to(work) if t.is_floating_point() else t for t in ([t for _, t in pairs] + tensors)]
+        named = {n: t.to(work) for n, t in pairs}
+        tensors = [t.to(work) if t.is_floating_point() else t for t in tensors]
+        if "weights" in named:
+            kinds = {"basis_terms": 3, "offset": 2}
+            _spare(named, {n: k for n, k in kinds.items() if n in named}, named["weights"])
+            own = {i: t for i, t in enumerate(tensors) if events[i] == 1 and t.shape[-1] == N and N > 1}
+            _spare(own, dict.fromkeys(own, 1), named["weights"])
+            tensors = [own.get(i, t) for i, t in enumerate(tensors)]
+        if "row_weights" in named:
+            _spare(named, {"A": 2, "y": 1}, named["row_weights"])
+        self.args = [*named.values(), *tensors]
         self.F = Pointwise(residual, names, spec, leaves)
         self.K = K
         self.events = tuple(events)
@@ -161,3 +171,27 @@ class FitCall:
         if not isinstance(curvature, Exact | GaussNewton):
             raise ValueError(f"curvature: expected Exact() or GaussNewton(), got {curvature!r}")
         return FitProblem(self.F, self.present, self.events, self.kept, solver, isinstance(curvature, GaussNewton))
+
+
+def _spare(named: dict[Any, Tensor], ndims: dict[Any, int], weights: Tensor) -> None:
+    """Puts the data of the first row that counts where those of a row of weight 0 are not finite.
+
+    The product with the weight would be NaN, and so would its derivatives be. Data that are finite stay: the second
+    derivative by a weight of 0 depends on them. `ndims` are the trailing dimensions of a tensor from that of rows on.
+    """
+    zero = weights == 0
+    if physical(zero).is_meta or not bool(physical(zero).any()):
+        return
+    first = (~zero).to(torch.uint8).argmax(-1, keepdim=True)
+    for name, k in ndims.items():
+        t = named[name]
+        if not t.is_floating_point():
+            continue
+        finite = torch.isfinite(t) if k == 1 else torch.isfinite(t).flatten(t.ndim - k + 1).all(-1)
+        bad = zero & ~finite
+        if bool(physical(bad).any()):
+            behind = (...,) + (None,) * (k - 1)
+            t = t.expand(*bad.shape[:-1], *t.shape[t.ndim - k :])
+            other = torch.take_along_dim(t, first.expand(*bad.shape[:-1], 1)[behind], -k)
+            other = torch.where(torch.isfinite(other), other, 0)  # where no row counts
+            named[name] = torch.where(bad[behind], other, t)

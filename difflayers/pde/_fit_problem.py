@@ -10,8 +10,9 @@ Gauss and Newton leaves :math:`\sum s_n^2 r_n F_n''` out, which is wrong whereve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,12 +27,13 @@ from difflayers.linalg._kkt import stationarity as linear_stationarity
 from difflayers.linalg._system import times
 
 from ._equality_rows import EqualityRows, is_row
-from ._levenberg_marquardt import Fit, Found, gram_solve, minimise
+from ._heavy_rows import minimise_with_rows
+from ._levenberg_marquardt import Fit, Found, gram_solve
 from ._pointwise import Pointwise
 
 NAMES = ("basis_terms", "offset", "weights", "A", "y", "row_weights", "ridge", "center", "C", "d", "init")
 NDIMS = (3, 2, 1, 2, 1, 1, 0, 1, 2, 1, 1)
-FACTOR_NDIMS = (2, 0, 2, 2)
+FACTOR_NDIMS = (2, 0, 0, 2, 2)
 Args = tuple[Tensor, ...]
 
 
@@ -67,7 +69,7 @@ class FitProblem:
             cotangents=self.cotangents,
             value_ndim=1,
             arg_ndims=(*ndims, *self.param_ndims),
-            factor_ndims=FACTOR_NDIMS if constrained else FACTOR_NDIMS[:2],
+            factor_ndims=FACTOR_NDIMS if constrained else FACTOR_NDIMS[:3],
             symmetric=True,
             jacobian_product=self.gauss_newton_product if self.biased else None,
             name=name,
@@ -147,28 +149,32 @@ class FitProblem:
         x, found, factors = self.find(*args)
         return x, Info(found.status, found.steps, found.residual), factors
 
+    def fit(self, data: dict[str, Tensor | None], params: Args) -> Fit:
+        """The problem without equalities, the weights of the rows in them."""
+        B, A, y, weights = (data[n] for n in ("basis_terms", "A", "y", "row_weights"))
+        assert B is not None
+        A, y = (B.new_zeros(0, B.shape[-1]), B.new_zeros(0)) if A is None or y is None else (A, y)
+        if weights is not None:
+            A, y = weights.unsqueeze(-1) * A, weights * y
+        return Fit(self.F, params, B, data["offset"], data["weights"], A, y, data["ridge"], data["center"])
+
     def find(self, *args: Tensor) -> tuple[Tensor, Found, Args]:
         """The same with all there is to tell."""
         data, params = self.unpack(args)
-        B, T0, s, ridge, center, C, d = (
-            data[n] for n in ("basis_terms", "offset", "weights", "ridge", "center", "C", "d")
-        )
+        B, s, ridge, center, C, d = (data[n] for n in ("basis_terms", "weights", "ridge", "center", "C", "d"))
         assert B is not None
         ndims = [k for k, here in zip(NDIMS, self.present, strict=True) if here] + list(self.param_ndims)
         batch = torch.broadcast_shapes(*(a.shape[: a.ndim - k] for a, k in zip(args, ndims, strict=True)))
         K = B.shape[-1]
-        A, y, weights = data["A"], data["y"], data["row_weights"]
-        A, y = (B.new_zeros(0, K), B.new_zeros(0)) if A is None or y is None else (A, y)
-        if weights is not None:
-            A, y = weights.unsqueeze(-1) * A, weights * y
+        fit = self.fit(data, params)
+        A, y = fit.A, fit.y
         start = data["init"] if data["init"] is not None else center
         start = B.new_zeros(K) if start is None else start
         # a start that is not finite is none; an element with such data fails by itself
         start = torch.where(torch.isfinite(start), start, 0).expand(*batch, K)
         if C is None or d is None:
-            fit = Fit(self.F, params, B, T0, s, A, y, ridge, center)
-            found = minimise(fit, start, self.solver, self.biased)
-            return found.v, self.judged(found, ridge), (found.R, found.singular)
+            found = minimise_with_rows(fit, start, self.solver, self.biased)
+            return found.v, self.judged(found, ridge), (found.R, found.singular, is_rough(found))
         Q, Rc, dependent, free = EqualityRows.factorise(C)
         split = EqualityRows.of(C, Q, Rc, free)
         Z, w0 = split.Z, split.particular(d)
@@ -180,7 +186,7 @@ class FitProblem:
             idle = split.idle()
             A, y = _stacked(A, idle, 2), _stacked(y, idle[..., 0] * 0, 1)
         fit = Fit(self.F, params, BZ, T, s, A, y, ridge, inner)
-        found = minimise(fit, times(Z.mT, start), self.solver, self.biased)
+        found = minimise_with_rows(fit, times(Z.mT, start), self.solver, self.biased)
         bad = dependent | (~is_row(C) & (d != 0)).any(-1)  # nothing solves 0 w = 1
         singular = found.singular | bad
         status = torch.where(bad, int(Status.SINGULAR), found.status)
@@ -188,7 +194,8 @@ class FitProblem:
         w = w0 + times(Z, found.v)
         x = torch.cat(padded(w, torch.zeros_like(d)), -1)
         gradient = self.stationarity(x, *args)[..., :K]
-        return torch.cat(padded(w, split.multipliers(-gradient)), -1), found, (found.R, singular, Q, Rc)
+        x = torch.cat(padded(w, split.multipliers(-gradient)), -1)
+        return x, found, (found.R, singular, is_rough(found), Q, Rc)
 
     @staticmethod
     def judged(found: Found, ridge: Tensor | None) -> Found:
@@ -215,30 +222,34 @@ class FitProblem:
 
     def linear_solve(self, x: Tensor, args: Args, factors: Args, rhs: Tensor, transpose: bool) -> tuple[Tensor, Info]:
         """The KKT system with the factor of the Hessian on the null space of the equalities."""
-        R, singular, *equalities = factors
+        R, singular, rough, *equalities = factors
         batch = torch.broadcast_shapes(rhs.shape[:-1], singular.shape)
-        if not equalities:
+        data, params = self.unpack(args)
+        fit = self.fit(data, params)
+        refine = rough.is_meta or bool(rough.any())
+        if not equalities and not refine:
             out = gram_solve(R, rhs)
             return out, direct_info(singular.expand(batch), out, 1)
+        K = fit.B.shape[-1]
+        with autocast_off(x):
+            point = fit.at(x[..., :K])
+            P = None if self.biased else fit.curved(point)
+        hessian = partial(fit.hessian_product, point, P)
+        if not equalities:
+            out = refined(R, hessian, rhs, rough)
+            return out, direct_info(singular.expand(batch), out, 1)
         Q, Rc = equalities
-        C = self.unpack(args)[0]["C"]
+        C = data["C"]
         assert C is not None
-        K, p = Q.shape[-1], Rc.shape[-1]
         split = EqualityRows.of(C, Q, Rc, R.shape[-1])
         Z = split.Z
         g, h = rhs[..., :K], rhs[..., K:]
-        point = x.expand(*batch, x.shape[-1])
-
-        def hessian(w: Tensor) -> Tensor:
-            v = torch.nn.functional.pad(w.expand(*batch, K), (0, p))
-            if self.biased:
-                return self.gauss_newton_product(point, args, v, False)[..., :K]
-            return push_forward(lambda x: self.stationarity(x, *args), [point], [v])[..., :K]
-
         w = split.particular(h)
         # most cotangents ask for w alone: then there is nothing to move
         top = g - hessian(w) if w.is_meta or bool((w != 0).any()) else g
-        w = w + times(Z, gram_solve(R, times(Z.mT, top)))
+        top = times(Z.mT, top)
+        inner = lambda v: times(Z.mT, hessian(times(Z, v)))  # noqa: E731
+        w = w + times(Z, refined(R, inner, top, rough) if refine else gram_solve(R, top))
         nu = split.multipliers(g - hessian(w), h)
         out = torch.cat(padded(w, nu), -1)
         return out, direct_info(singular.expand(batch), out, 1)
@@ -286,6 +297,30 @@ class FitProblem:
             out |= dict(zip(rest, vjp_where(part, given, [True] * len(rest), u), strict=True))
         full = [(out.get(n) if want[n] else None) for n in names] + params_bar
         return [None if t is None else t.sum_to_size(a.shape) for t, a in zip(full, args, strict=True)]
+
+
+def is_rough(found: Found) -> Tensor:
+    """The elements whose Hessian was formed and is so far from orthogonal that solves with it are refined.
+
+    Linear problems that are ill-conditioned have their factor from Householder QR.
+    """
+    pivots = found.R.diagonal(dim1=-2, dim2=-1).abs() / torch.linalg.vector_norm(found.R, dim=-2)
+    return ~found.linear & ~(pivots.square() > torch.finfo(pivots.dtype).eps ** 0.25).all(-1)
+
+
+def refined(R: Tensor, product: Callable[[Tensor], Tensor], rhs: Tensor, rough: Tensor) -> Tensor:
+    """``(R^T R)^-1 rhs``, for the `rough` elements after two steps of iterative refinement, where they contract.
+
+    The Hessian squares the condition number of the basis. Applied in factors it does not, and so the error falls to
+    what the data allow.
+    """
+    z = gram_solve(R, rhs)
+    size = torch.linalg.vector_norm(times(R, z), dim=-1, keepdim=True)
+    for _ in range(2):
+        more = gram_solve(R, rhs - product(z))
+        length = torch.linalg.vector_norm(times(R, more), dim=-1, keepdim=True)
+        z, size = torch.where(rough.unsqueeze(-1) & (length <= size / 2), z + more, z), length
+    return z
 
 
 def _summed_product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:

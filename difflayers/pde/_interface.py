@@ -30,8 +30,8 @@ class Continuity:
         weight: Factor of the rows, at least 0, as those of conditions are weighted.
         exact: The rows hold exactly. With as many points on a seam as there are basis functions the experts beside it
             are the same in general: take few.
-        points: On every seam; None: as many as on a face. A seam in one dimension is a point, and on a grid the first
-            nodes of the upper box.
+        points: On every seam, drawn as :class:`Sobol` does; None: as many as its faces have, 32 beside :class:`Fixed`.
+            A seam in one dimension is a point, and on a grid the first nodes of the upper box.
 
     Raises:
         ValueError: For numbers out of their range.

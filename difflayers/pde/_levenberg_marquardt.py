@@ -26,7 +26,8 @@ from ._pointwise import Params, Pointwise
 
 _NEWTON_STEPS = 8
 _MOST_DAMPING = 1e12
-_HANDOVER = (1e-2, 1e-4)  # step lengths at which Newton's method is tried undamped: it takes over, or hands back
+_PLAIN_STEPS = 10  # of Gauss and Newton alone, before the exact Hessian is asked too
+_HANDOVER = (3e-1, 1e-3)  # step lengths at which Newton's method is tried undamped: it takes over, or hands back
 
 
 def where(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -114,8 +115,7 @@ class Fit:
 
     def with_curvature(self, G: Tensor, p: Point) -> Tensor:
         """The exact Hessian: the Gauss-Newton matrix and the curvature of F, of the terms in which F is not linear."""
-        c = p.R if self.s is None else self.s.unsqueeze(-1) * p.R
-        P = self.F.curvature(p.T, c, self.params)
+        P = self.curved(p)
         bent = (torch.isfinite(P) & (P != 0)).flatten(0, -3).any(0)
         used = (bent.any(0) | bent.any(1)).nonzero().squeeze(-1)
         if not used.numel():
@@ -126,6 +126,19 @@ class Fit:
         for t in range(1, used.numel()):
             PB = torch.addcmul(PB, P[..., t, None], B[..., None, t, :])
         return G + B.flatten(-3, -2).mT @ PB.flatten(-3, -2)
+
+    def curved(self, p: Point) -> Tensor:
+        """``(*batch, N, T, T)``: the curvature of F, weighted with the residuals."""
+        return self.F.curvature(p.T, p.R if self.s is None else self.s.unsqueeze(-1) * p.R, self.params)
+
+    def hessian_product(self, p: Point, P: Tensor | None, z: Tensor) -> Tensor:
+        """The Hessian times z, with curvature `P` or without; in factors, where ``J z`` keeps its digits."""
+        B = self.B.flatten(-3, -2)
+        Bz = times(B, z).unflatten(-1, self.B.shape[-3:-1])
+        h = (p.Fs * (p.Fs * Bz.unsqueeze(-2)).sum(-1, keepdim=True)).sum(-2)
+        h = h if P is None else h + times(P, Bz)
+        out = times(B.mT, h.flatten(-2)) + times(self.A.mT, times(self.A, z))
+        return out if self.ridge is None else out + self.ridge.unsqueeze(-1) * z
 
     def damping(self, G: Tensor, mu: Tensor) -> Tensor:
         """What mu adds to the diagonal of G: of the part that F has there, for rows and ridge are as they seem.
@@ -138,11 +151,28 @@ class Fit:
         part = part if self.ridge is None else part - self.ridge.unsqueeze(-1)
         return mu * torch.maximum(part, mu.clamp_max(1) * D)
 
-    def size(self, p: Point) -> Tensor:
-        """What residuals are made of, before anything cancels: the scale that rounding has."""
-        made = (p.Fs * p.T.unsqueeze(-2)).abs().sum(-1).square().sum((-2, -1))
-        rows = times(self.A, p.v).square().sum(-1)
-        return (made + rows + 2 * p.objective).sqrt()
+    def sizes(self, p: Point) -> tuple[Tensor, Tensor]:
+        """What residuals are made of, before anything cancels, the scale that rounding has: without the rows, and all.
+
+        Rows may be heavy: rounding in them is not what limits the others.
+        """
+        light = (p.Fs * p.T.unsqueeze(-2)).abs().sum(-1).square().sum((-2, -1)) + p.R.square().sum((-2, -1))
+        if self.ridge is not None:
+            light = light + self.ridge * self.from_center(p.v).square().sum(-1)
+        rows = times(self.A, p.v).square().sum(-1) + p.e.square().sum(-1)
+        return light.sqrt(), (light + rows).sqrt()
+
+    def lengths(self, p: Point, d: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """The change of the residuals that d stands for, without the rows and that of the rows.
+
+        `square` is that of all in the norm of a Hessian, which has curvature too.
+        """
+        Bd = times(self.B.flatten(-3, -2), d).unflatten(-1, self.B.shape[-3:-1])
+        light = (p.Fs * Bd.unsqueeze(-2)).sum(-1).square().sum((-2, -1))
+        if self.ridge is not None:
+            light = light + self.ridge * d.square().sum(-1)
+        rows = times(self.A, d).square().sum(-1)
+        return torch.maximum(light, square - rows).clamp_min(0).sqrt(), rows.sqrt()
 
 
 def factorise(H: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +196,8 @@ def gram_solve(R: Tensor, b: Tensor) -> Tensor:
 def minimise(fit: Fit, start: Tensor, options: LevenbergMarquardt, gauss_newton: bool) -> Found:
     """The minimiser of every element: in one step where F is linear in the terms, by iteration elsewhere."""
     first = fit.at(start)
-    candidate = constant_derivative(fit, first)
+    # an element that is not finite is none for the iteration either
+    candidate = constant_derivative(fit, first) | ~torch.isfinite(first.objective)
     iterate = not candidate.is_meta and not bool(candidate.all())
     if candidate.is_meta or not bool(candidate.any()):
         return _iterated(fit, first, options, gauss_newton)
@@ -181,25 +212,29 @@ def minimise(fit: Fit, start: Tensor, options: LevenbergMarquardt, gauss_newton:
 
 
 def constant_derivative(fit: Fit, p: Point) -> Tensor:
-    """Per element: the derivatives of F are the same at two other places. An element that is not finite counts too."""
+    """Per element: F is at two other places what its derivatives at p say, and they are the same there."""
     T, same = p.T, torch.ones(p.T.shape[:-2], dtype=torch.bool, device=p.T.device)
     size = 1 + torch.nan_to_num(T).abs().amax(-2, keepdim=True)
     ramp = torch.arange(T.shape[-2] * T.shape[-1], dtype=T.dtype, device=T.device).reshape(T.shape[-2:])
     for scale, shift in ((1.0, 0.3), (-10.0, 2.1)):
-        same = same & _same_derivative(fit, p, T + scale * size * (1.5 + torch.cos(1.7 * ramp + shift)))
+        same = same & _as_predicted(fit, p, T + scale * size * (1.5 + torch.cos(1.7 * ramp + shift)))
     return same
 
 
-def _same_derivative(fit: Fit, p: Point, T: Tensor) -> Tensor:
-    _, Fs = fit.F.linearise(T, fit.params)
-    Fs = Fs if fit.s is None else fit.s[..., None, None] * Fs
-    allowed = 1e3 * torch.finfo(T.dtype).eps * p.Fs.abs().amax(-3, keepdim=True)
-    close = ((Fs - p.Fs).abs() <= allowed).flatten(-3).all(-1)
-    return close | ~torch.isfinite(p.Fs).flatten(-3).all(-1)
+def _as_predicted(fit: Fit, p: Point, T: Tensor) -> Tensor:
+    """Per element: no value of F at T, nor a derivative, differs from what is known at p. A jump shows in values."""
+    R, Fs = fit.F.linearise(T, fit.params)
+    if fit.s is not None:
+        R, Fs = fit.s.unsqueeze(-1) * R, fit.s[..., None, None] * Fs
+    rounding = 1e3 * torch.finfo(T.dtype).eps
+    close = ((Fs - p.Fs).abs() <= rounding * p.Fs.abs().amax(-3, keepdim=True)).flatten(-3).all(-1)
+    made = (p.Fs * (T.abs() + p.T.abs()).unsqueeze(-2)).abs().sum(-1) + p.R.abs()
+    miss = R - p.R - (p.Fs * (T - p.T).unsqueeze(-2)).sum(-1)
+    return close & (miss.abs() <= rounding * made.amax(-2, keepdim=True)).flatten(-2).all(-1)
 
 
 def _linear(fit: Fit, p: Point, candidate: Tensor) -> tuple[Found, Tensor]:
-    """One linear least-squares problem; and the candidates whose derivatives are the same at its solution."""
+    """One linear least-squares problem; and the candidates that are at its solution what was predicted."""
     J = fit.jacobian(p)
     target = times(J, p.v) - p.R.flatten(-2)
     batch = p.v.shape[:-1]
@@ -211,7 +246,8 @@ def _linear(fit: Fit, p: Point, candidate: Tensor) -> tuple[Found, Tensor]:
     miss = times(rows.mT, torch.cat([end.R.flatten(-2), end.e], -1))
     if fit.ridge is not None:
         miss = miss + fit.ridge.unsqueeze(-1) * fit.from_center(v)
-    linear = candidate & (_same_derivative(fit, p, end.T) | ~torch.isfinite(end.T).flatten(-2).all(-1))
+    finite = torch.isfinite(p.objective) & torch.isfinite(end.T).flatten(-2).all(-1)
+    linear = candidate & (_as_predicted(fit, p, end.T) | ~finite)
     lost = ~torch.isfinite(p.objective) | (~torch.isfinite(end.objective) & (info.status != Status.SINGULAR))
     status = torch.where(lost, int(Status.DIVERGED), info.status)
     residual = torch.linalg.vector_norm(miss, dim=-1)
@@ -260,33 +296,42 @@ def _damped(
 ) -> tuple[_State, Tensor]:
     """Levenberg-Marquardt on the active elements, and those that came within `tol`.
 
-    The step is measured by the change of the residuals that it stands for, so that an ill-conditioned basis costs
-    nothing. With `exact` it is the better one of two: that of Gauss and Newton, which crosses kinks of F, and Newton's,
-    which is quick where F bends and the residuals stay.
+    Damping falls where the objective went down by half of what was predicted and rises below a quarter, as in MINPACK
+    (J. More, The Levenberg-Marquardt algorithm, 1978): a step that gains a hair is taken, but trusted less, or the
+    iteration zigzags. The step is measured by the change of the residuals that it stands for, so that an
+    ill-conditioned basis costs nothing. With `exact` it is the better one of two: that of Gauss and Newton, which
+    crosses kinks of F, and Newton's, which is quick where F bends and the residuals stay.
     """
     p, mu, steps = state.p, state.mu, state.steps
     near = torch.zeros_like(active)
     every = options.check_every or options.max_steps
     eps = torch.finfo(p.v.dtype).eps
-    for k in range(options.max_steps):
+    for k in range(options.max_steps if exact else min(_PLAIN_STEPS, options.max_steps)):
         G, g = fit.gauss_newton(p), fit.gradient(p)
         damping = fit.damping(G, mu)
         d, sound, trial = _trial(fit, p, G, G, damping, g)
+        gain = _predicted(G, g, d)
         if exact:
-            other, positive, place = _trial(fit, p, fit.with_curvature(G, p), G, damping, g)
+            H = fit.with_curvature(G, p)
+            other, positive, place = _trial(fit, p, H, G, damping, g)
             lower = positive & (~sound | (place.objective < trial.objective))
+            gain = where(lower, _predicted(H, g, other), gain)
             d, sound, trial = where(lower, other, d), sound | positive, Point.pick(lower, place, trial)
         # an increase within rounding is taken too: close to the minimum the objective cannot tell a step from none
         better = sound & (trial.objective <= p.objective * (1 + 8 * eps))
         length = (times(G, d) * d).sum(-1).clamp_min(0).sqrt() * (1 + mu)
         steps = steps + active
         taken = active & better
-        close = taken & (mu <= 1) & (length <= options.atol + tol * fit.size(trial))
+        whole = fit.lengths(p, (1 + mu).unsqueeze(-1) * d, length.square())
+        close = taken & (mu <= 1) & _within(whole, fit.sizes(trial), options.atol, tol)
         # so close that the objective cannot tell better from worse: its gradient can, and Newton's method looks there
         close = close | (active & sound & (length.square() <= 64 * eps * p.objective))
+        ratio = (p.objective - trial.objective) / gain
+        good = (ratio > 0.5) | (length.square() <= 64 * eps**0.5 * trial.objective)  # no ratio of small differences
         p = Point.pick(taken, trial, p)
         near = near | close
-        mu = torch.where(taken, (mu / 5).clamp_min(1e-12), torch.where(active, mu * 4, mu))
+        lower = torch.where(taken & good, (mu / 5).clamp_min(1e-12), mu)
+        mu = torch.where(active & ~(taken & (good | (ratio > 0.25))), mu * 4, lower)
         active = active & ~close & (mu <= _MOST_DAMPING) & (steps < options.max_steps)
         if (k + 1) % every == 0 and not active.is_meta and not bool(active.any()):
             break
@@ -302,6 +347,22 @@ def _trial(fit: Fit, p: Point, H: Tensor, G: Tensor, damping: Tensor, g: Tensor)
     d = -gram_solve(L.mT, g / scale) / scale
     trial = fit.at(p.v + d)
     return d, (info == 0) & torch.isfinite(trial.objective), trial
+
+
+def _within(lengths: tuple[Tensor, Tensor], sizes: tuple[Tensor, Tensor], atol: float, tol: float) -> Tensor:
+    """Both lengths are small against what they change."""
+    light, rows = (length <= atol + tol * size for length, size in zip(lengths, sizes, strict=True))
+    return light & rows
+
+
+def _relative(lengths: tuple[Tensor, Tensor], sizes: tuple[Tensor, Tensor]) -> Tensor:
+    light, rows = (x / size.clamp_min(torch.finfo(x.dtype).tiny) for x, size in zip(lengths, sizes, strict=True))
+    return torch.maximum(light, rows)
+
+
+def _predicted(H: Tensor, g: Tensor, d: Tensor) -> Tensor:
+    """By how much a quadratic model falls along d."""
+    return -((g + times(H, d) / 2) * d).sum(-1)
 
 
 def _newton(
@@ -322,13 +383,14 @@ def _newton(
         d = -gram_solve(R, fit.gradient(p))
         trial = fit.at(p.v + d)
         again = -gram_solve(R, fit.gradient(trial))
-        length, rest = ((torch.linalg.vector_norm(times(R, t), dim=-1)) for t in (d, again))
+        length, rest = (fit.lengths(p, t, times(R, t).square().sum(-1)) for t in (d, again))
         steps = steps + active
-        enough = options.atol + rtol * fit.size(p)
+        sizes = fit.sizes(p)
         last = fit.at(trial.v + again)
-        contracts = (rest <= length / 2) & (last.objective <= p.objective * (1 + eps**0.5))
-        rounding = ~contracts & (length <= enough)  # nothing left to gain
+        contracts = _relative(rest, sizes) <= _relative(length, sizes) / 2
+        contracts = contracts & (last.objective <= p.objective * (1 + eps**0.5))
+        rounding = ~contracts & _within(length, sizes, options.atol, rtol)  # nothing left to gain
         p = Point.pick(active & contracts, last, p)
-        done = done | (active & (rounding | (contracts & (rest <= enough))))
+        done = done | (active & (rounding | (contracts & _within(rest, sizes, options.atol, rtol))))
         active = active & contracts & ~done
     return replace(state, p=p, steps=steps), R, singular, done

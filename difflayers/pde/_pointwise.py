@@ -59,7 +59,7 @@ class Pointwise:
         points = T.shape[:-1]
         if out.ndim == len(points) + 1 and out.shape[:-1] == points and out.shape[-1] > 0:
             return out
-        check_shape("residual output", out.shape, points, ", a number a point (or with components behind),")
+        check_shape("residual output", out.shape, points, ", a number a point (or with components behind)")
         return out.unsqueeze(-1)
 
     def pull(self, T: Tensor, params: Params) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:

@@ -44,8 +44,8 @@ class ResidualSolution(Solution[Tensor]):
 
     Attributes:
         multipliers: ``(*batch, p)`` Lagrange multipliers of the equalities, differentiable; p = 0 without.
-        linear: ``(*batch)`` booleans: the derivative of the residual by the terms is constant, so that one linear solve
-            was enough. Found numerically.
+        linear: ``(*batch)`` booleans: the residual is affine in the terms, so that one linear solve was enough. Found
+            numerically, at three places and at the solution; False where a number is missing.
     """
 
     multipliers: Tensor
@@ -85,9 +85,11 @@ def residual_least_squares(
         params: Pytree of tensors and numbers for `residual`: coefficients of the equation, coordinates. A tensor is
             ``(*batch, 1)``, or ``(*batch, N)`` with a number for each point, or 0-dimensional.
         offset: ``(*batch, N, T)`` terms of a field to which the basis adds, or a dictionary ``(*batch, N)``.
-        weights: ``(*batch, N)`` factors of the residuals; a point of weight 0 does not count.
+        weights: ``(*batch, N)`` factors of the residuals; a point of weight 0 does not count, nor does NaN in its data
+            (its terms, and parameters with a number for each point).
         rows: ``(A, y)``, or ``(A, y, row_weights)``, of shapes ``(*batch, m, K)``, ``(*batch, m)`` and ``(*batch, m)``:
-            linear conditions in the least-squares sense, such as boundary and initial values.
+            linear conditions in the least-squares sense, such as boundary and initial values. Weights of 0 as above. A
+            large weight s takes digits from the derivative by A and y, ``eps s^2`` of it, which `equality` does not.
         equality: ``(C, d)`` of shapes ``(*batch, p, K)`` and ``(*batch, p)``: linear conditions that hold exactly, with
             independent rows and p < K. A row of C that is exactly zero, with d = 0, is none: its multiplier is zero.
             So elements may have different numbers of rows.

@@ -1,17 +1,19 @@
-"""Fits that are hard for damped Gauss-Newton: heavy rows, smooth bases, and residuals that bend sharply.
+"""Fits that are hard for damped Gauss-Newton: heavy rows, smooth bases, and residuals that bend sharply or jump.
 
 Oracle: scipy.optimize.least_squares with tight tolerances on the stacked residuals; a heavy row is a condition that
-holds.
+holds; the gradient by autograd; and for basis functions that are nearly equal, the same fit in their difference.
 """
 
 import math
 
 import numpy as np
+import pytest
 import torch
 from scipy.optimize import least_squares as scipy_least_squares
 from torch import Tensor
 
-from difflayers.pde import residual_least_squares_ex, safe_power
+from difflayers.implicit import GaussNewton
+from difflayers.pde import residual_least_squares, residual_least_squares_ex, safe_power
 
 F64 = torch.float64
 
@@ -66,6 +68,69 @@ def test_a_row_that_outweighs_the_equation_does_not_slow_it_down():
         assert (A[e] @ w - y[e]).abs() < 1e-8
         held = residual_least_squares_ex(B[e], burgers, f[e], equality=(A[e], y[e]), ridge=1e-2, init=w)
         assert held.converged and (held.value - w).abs().max() < 1e-5
+
+
+def test_rows_of_weight_1e8_hold_and_leave_the_equation_its_digits():
+    B, f = normal(4, 40, 8, 4, 5), normal(5, 40, 8).requires_grad_()
+    A, y = normal(6, 40, 1, 5), normal(7, 40, 1)
+    found = residual_least_squares_ex(B, burgers, f, rows=(A, y, torch.full((1,), 1e8, dtype=F64)), ridge=1e-2)
+    assert found.converged.all() and found.steps.max() <= 60
+    held = residual_least_squares_ex(B, burgers, f, equality=(A, y), ridge=1e-2, init=found.value)
+    assert held.converged.all() and (held.value - found.value).abs().max() < 1e-11
+    slopes = [torch.autograd.grad(s.value.sin().sum(), f)[0] for s in (found, held)]
+    assert (slopes[0] - slopes[1]).abs().max() < 1e-9 * slopes[1].abs().max()
+
+
+def test_large_misfits_take_tens_of_steps():
+    """Damping that falls with every step that gains anything took up to 200 here, and on average twice as many."""
+    bend = lambda u, f: torch.exp(u[..., 0]) - 0.5 * u[..., 2] - f  # noqa: E731
+    quartic = lambda u, f: u[..., 0] ** 2 * u[..., 1] ** 2 + 0.5 * u[..., 2] - f  # noqa: E731
+    for F, points in ((bend, 15), (quartic, 8), (burgers, 15)):
+        B, f = normal(8, 100, points, 4, 5), normal(9, 100, points)
+        found = residual_least_squares_ex(B, F, f, ridge=1e-2)
+        assert found.converged.all() and found.steps.max() < 100 and found.steps.double().mean() <= 20
+
+
+@pytest.mark.parametrize("curvature", [None, GaussNewton()])
+@pytest.mark.parametrize("exact", [False, True])
+def test_nearly_equal_basis_functions_keep_the_digits_of_the_gradient(exact, curvature):
+    """``b1 w1 + b2 w2 = b1 (w1 + w2) + (b2 - b1) / e (e w2)``, where the difference of the two is without rounding."""
+    e = 2.0**-18
+    apart = normal(10, 12, 4, 3)
+    B = torch.stack([apart[..., 0], apart[..., 0] + e * apart[..., 1], apart[..., 2]], -1)
+    apart = torch.stack([B[..., 0], (B[..., 1] - B[..., 0]) / e, B[..., 2]], -1)
+    c, slopes = normal(11, 3), []
+    for basis, functional in ((B, torch.stack([c[0], c[0] + e * c[1], c[2]])), (apart, c)):
+        f = normal(12, 12).requires_grad_()
+        row = basis[:1, 0], torch.ones(1, dtype=F64)
+        options = {} if curvature is None else {"curvature": curvature}
+        w = residual_least_squares(basis, burgers, f, equality=row if exact else None, **options)
+        slopes.append(torch.autograd.grad(functional @ w, f)[0])
+    assert (slopes[0] - slopes[1]).abs().max() < 2e-8 * slopes[1].abs().max()
+
+
+@pytest.mark.parametrize("jump", [lambda u: torch.where(u > 0.5, 3.0, 0.0), lambda u: torch.floor(3 * u)])
+def test_a_jump_is_not_linear(jump):
+    """Its derivative is the same everywhere."""
+    F = lambda u, p: u[..., 1] - u[..., 0] + p["on"] * jump(u[..., 2]) - p["f"]  # noqa: E731
+    B, f = normal(13, 8, 12, 4, 4), normal(14, 8, 12)
+    on = torch.ones(8, 1, dtype=F64)
+    on[3] = 0
+    found = residual_least_squares_ex(B, F, {"on": on, "f": f})
+    assert found.linear.tolist() == [e == 3 for e in range(8)]
+    assert found.converged[3] and found.steps[3] == 1
+    for e in range(8):
+        w = found.value[e].detach().requires_grad_()
+        value = F(torch.einsum("ntk,k->nt", B[e], w), {"on": on[e], "f": f[e]}).square().sum() / 2
+        assert not found.converged[e] or torch.autograd.grad(value, w)[0].norm() < 1e-8
+
+
+@pytest.mark.parametrize("F", [torch.log, torch.sqrt, torch.reciprocal])
+def test_a_residual_that_is_nan_where_it_is_looked_at_is_not_linear(F):
+    found = residual_least_squares_ex(
+        normal(15, 12, 2, 3), lambda u, f: F(u[..., 0] + 0.5) + u[..., 1] - f, normal(16, 12)
+    )
+    assert not found.linear
 
 
 def test_smooth_networks_as_a_basis_take_few_steps_to_the_minimum_of_scipy():
