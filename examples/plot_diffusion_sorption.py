@@ -39,7 +39,7 @@ with five times the training one constraint has caught up with tied experts. Why
   (9.3; after the longer training 6.8, and 7.8 with one constraint).
 
 Trained on t < 400 and tested on later times alone (--late), which is little to ask of a layer that solves there again:
-penalty 9.1 per cent, one constraint 3.8, all conditions 6.3, tied 2.1 (the paper: 806, 48.0 and, experts, 14.8).
+penalty 9.1 per cent, one constraint 4.1, all conditions 7.3, tied 2.2 (the paper: 806, 48.0 and, experts, 14.8).
 
 R has a kink at u = 0, so one in six of the solves of tied experts and one in four of one constraint do not settle. The
 objective does, and its gradient by the envelope theorem (`field.objective`) needs no more. Nothing here is faster than
