@@ -5,7 +5,6 @@ by information form (mpmath, ``(S^-1 + G^T G / noise)^-1``) or, for exact rows, 
 cotangents of the paper's formulas as they stand in the derivation; scipy's density; quadrature of known integrals.
 """
 
-import itertools
 import math
 
 import mpmath
@@ -208,32 +207,6 @@ def test_hessian_with_a_full_covariance():
 # ------------------------------------------------------------------------------------------------------------ operator
 
 
-def test_rules_integrate_what_they_should():
-    grid = torch.tensor([0.0, 0.3, 0.4, 1.0], dtype=torch.float64)
-    line = 2 * grid + 1
-    assert float(conservation_operator(grid)[0] @ line) == pytest.approx(2.0)
-    left, right = (float(conservation_operator(grid, rule)[0] @ grid) for rule in ("left", "right"))
-    assert left == pytest.approx(0.3 * 0.1 + 0.4 * 0.6)
-    assert right == pytest.approx(0.3 * 0.3 + 0.4 * 0.1 + 1.0 * 0.6)
-    circle = torch.arange(8, dtype=torch.float64) * 2 * math.pi / 8
-    row = conservation_operator(circle, "periodic", period=2 * math.pi)[0]
-    assert float(row @ (3 + circle.cos() + (2 * circle).sin())) == pytest.approx(6 * math.pi)
-    assert float(row.sum()) == pytest.approx(2 * math.pi)
-    uneven = conservation_operator(torch.tensor([0.0, 0.1, 0.5], dtype=torch.float64), "periodic", period=1.0)
-    assert uneven[0].tolist() == pytest.approx([0.3, 0.25, 0.45])
-
-
-def test_slices_are_blocks_of_one_vector():
-    grid = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
-    G, row = conservation_operator(grid, slices=2), conservation_operator(grid)
-    assert torch.equal(G, torch.block_diag(row, row))
-    mean, variance, b = normal(0, 2, 3), normal(1, 2, 3).square(), normal(2, 2, 1)
-    together = conserve(mean.flatten(), variance.flatten(), b.flatten(), G)
-    apart = conserve(mean, variance, b, row)
-    for a, e in zip(together, apart, strict=True):
-        assert torch.allclose(a, e.flatten(), atol=1e-13)
-
-
 def test_mass_is_conserved_on_grids_of_any_spacing():
     generator = torch.Generator().manual_seed(0)
     grid = torch.rand(40, 201, generator=generator, dtype=torch.float64).cumsum(-1)
@@ -386,21 +359,6 @@ def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="noise: expected the number 0, or a tensor above 0"):
         conserved_log_likelihood(mean, mean, variance, b, G, torch.zeros((), dtype=torch.float64))
     assert conserve(mean.expand(4, N), variance, b, G)[1].shape == (4, N)
-
-
-@pytest.mark.parametrize(("rule", "period"), list(itertools.product(["trapezoid", "left", "right"], [1.0])))
-def test_a_period_belongs_to_a_circle(rule, period):
-    grid = torch.linspace(0, 0.9, 4)
-    with pytest.raises(ValueError, match=f"period: expected None for the rule '{rule}'"):
-        conservation_operator(grid, rule, period=period)
-    with pytest.raises(ValueError, match="period: expected more than the length"):
-        conservation_operator(grid, "periodic", period=0.5)
-    with pytest.raises(ValueError, match="period: expected a length, got inf"):
-        conservation_operator(grid, "periodic", period=math.inf)
-    with pytest.raises(ValueError, match='rule: expected "trapezoid"'):
-        conservation_operator(grid, "simpson")
-    with pytest.raises(ValueError, match="slices: expected None or an integer of at least 1, got True"):
-        conservation_operator(grid, slices=True)
 
 
 def test_module():

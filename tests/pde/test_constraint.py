@@ -161,20 +161,6 @@ def test_objective_is_a_weighted_mean():
         assert field.objective[i].item() == pytest.approx(np.sum((rows @ w - right) ** 2) / 2, rel=1e-10)
 
 
-def test_the_objective_has_the_derivative_of_the_envelope():
-    pde = Burgers(conditions=(Initial("u0"), Dirichlet("x")))
-    layer = PDEConstraint(pde, sampler=Sobol(points=20, boundary=4), ridge=1e-2).double()
-
-    def value(a: Tensor, nu: Tensor, start: Tensor) -> Tensor:
-        basis = lambda p: torch.sin(a * p[1] + p[0] * torch.arange(3, dtype=F64))  # noqa: E731
-        return layer(basis, {"nu": nu}, {"u0": start}).objective
-
-    inputs = [torch.tensor(t, dtype=F64, requires_grad=True) for t in ([1.0, 2.0, 3.5], [[0.1], [0.3]], [0.4])]
-    assert value(*inputs).shape == (2,)
-    assert torch.autograd.gradcheck(value, inputs)
-    assert torch.autograd.gradgradcheck(value, inputs, atol=1e-5)
-
-
 def test_offset_lifts_the_initial_values():
     pde = Heat(conditions=(), c=0.5)
     layer = PDEConstraint(pde, sampler=Sobol(200)).double()
@@ -276,28 +262,6 @@ def test_experts_have_their_own_points():
         torch.testing.assert_close(both.weights[e], one.weights, rtol=1e-12, atol=1e-12)
     assert both(points).shape == (2, 2, 6)
     torch.testing.assert_close(both(points)[1, 0], both(points[0])[1])
-
-
-def test_values_on_a_grid_have_the_batch_in_front():
-    square = Box(x=(0.0, 1.0), y=(0.0, 2.0))
-    grid = Grid(square, spacing="chebyshev", x=6, y=5)
-    basis = torch.randn(6, 6, 5, 7, generator=torch.Generator().manual_seed(0), dtype=F64)
-    field = PDEConstraint(Poisson(domain=square), derivatives=Spectral(grid), ridge=1e-2).double()(basis)
-    assert field().shape == (6, 6, 5)
-    torch.testing.assert_close(field()[4, 2, 3], basis[4, 2, 3] @ field.value[4])
-    torch.testing.assert_close(field(), field.terms["u"].unflatten(-1, grid.shape))
-
-
-def test_transforms_of_a_layer_with_sobol_points():
-    pde = Burgers(nu=0.2)
-    layer = PDEConstraint(pde, ridge=1e-4, sampler=Sobol(points=20, boundary=4)).double()
-    basis = lambda p: torch.stack([p[1], p[0] * p[1], p[1] ** 3])  # noqa: E731
-    value = lambda nu: layer(basis, {"nu": nu}, {"u0": lambda p: -torch.sin(math.pi * p[:, 1])}).value.sum()  # noqa: E731
-    nu = torch.tensor([0.2], dtype=F64, requires_grad=True)
-    slope = torch.autograd.grad(value(nu), nu)[0]
-    torch.testing.assert_close(torch.func.grad(value)(nu.detach()), slope, rtol=1e-10, atol=0)
-    both = torch.func.vmap(torch.func.grad(value))(nu.detach().expand(2, 1))
-    torch.testing.assert_close(both, slope.expand(2, 1), rtol=1e-10, atol=0)
 
 
 def test_a_failing_element_stays_alone():

@@ -1,0 +1,212 @@
+r"""What every bilevel method asks of a problem: gradients of both levels and products with second derivatives, counted.
+
+With :math:`H = \nabla^2_{yy} f` and :math:`J = \nabla^2_{xy} f` (rows of x, columns of y) at one point and batch: the
+graph of :math:`\nabla_y f` is built once, each product is one backward pass through it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._objective import Objective
+from ._problem import Bilevel, two_batches
+from ._variables import Variables, check_devices
+
+
+class Recorded:
+    """A vector-valued function of y and x at one point, with its graph: products with both Jacobians.
+
+    Args:
+        value: The function, a vector.
+        y: Leaves it is differentiated in first, of as many numbers as `value`.
+        x: The others.
+        symmetric: The Jacobian in y is a Hessian.
+        counts: Where products are counted.
+        normals: ``(m, n)`` gradients of constraints whose m multipliers follow the n numbers of y; None without.
+    """
+
+    def __init__(
+        self,
+        value: Tensor,
+        y: Sequence[Tensor],
+        x: Sequence[Tensor],
+        symmetric: bool,
+        counts: Counter[str],
+        normals: Tensor | None = None,
+    ) -> None:
+        self.value, self.y, self.x, self.symmetric, self.counts = value, list(y), list(x), symmetric, counts
+        self.normals = normals
+
+    def pull(self, v: Tensor) -> Tensor:
+        """The transposed Jacobian in y times v: ``H v``."""
+        self.counts["hvp"] += 1
+        return self._backward(self.y, v)
+
+    def cross(self, v: Tensor) -> Tensor:
+        """The transposed Jacobian in x times v: ``J v``."""
+        self.counts["cross"] += 1
+        return self._backward(self.x, v)
+
+    def push(self, u: Tensor) -> Tensor:
+        """The Jacobian in y times u: ``H u`` by one more differentiation where it is not symmetric."""
+        if self.symmetric:
+            return self.pull(u)
+        self.counts["hvp"] += 1
+        return self._forward(self.y, u)
+
+    def cross_t(self, u: Tensor) -> Tensor:
+        """The Jacobian in x times u: ``J^T u``."""
+        self.counts["cross_t"] += 1
+        return self._forward(self.x, u)
+
+    def matrix(self) -> Tensor:
+        """The transposed Jacobian in y, one product per unit vector, all at once."""
+        n = self.value.numel()
+        self.counts["hvp"] += n
+        eye = torch.eye(n, dtype=self.value.dtype, device=self.value.device)
+        if not self.value.requires_grad:
+            return torch.zeros_like(eye)
+        parts = torch.autograd.grad(
+            self.value, self.y, eye, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        blocks = [
+            eye.new_zeros(n, leaf.numel()) if part is None else part.reshape(n, -1)
+            for part, leaf in zip(parts, self.y, strict=True)
+        ]
+        return torch.cat(blocks, -1).mT
+
+    def _backward(self, leaves: Sequence[Tensor], v: Tensor, *, create_graph: bool = False) -> Tensor:
+        if not self.value.requires_grad:
+            return _joined([torch.zeros_like(leaf) for leaf in leaves])
+        parts = torch.autograd.grad(
+            self.value, leaves, v, retain_graph=True, create_graph=create_graph, allow_unused=True,
+            materialize_grads=True,
+        )  # fmt: skip
+        return _joined(parts)
+
+    def _forward(self, leaves: Sequence[Tensor], u: Tensor) -> Tensor:
+        probe = torch.zeros_like(self.value).requires_grad_()
+        with torch.enable_grad():
+            pulled = self._backward(leaves, probe, create_graph=True)  # linear in the probe
+        if not pulled.requires_grad:
+            return torch.zeros_like(probe)
+        return torch.autograd.grad(pulled, probe, u, allow_unused=True, materialize_grads=True)[0]
+
+
+class Oracles:
+    """Both levels of a problem at one point and one pair of batches, evaluated as far as anybody asks.
+
+    Vectors go in and out flat: ``x_variables.present(v)`` and ``y_variables.present(v)`` give them their structure.
+
+    Args:
+        problem: The problem.
+        x: Upper variables.
+        y: Lower variables.
+        batch: None or ``(upper_batch, lower_batch)``.
+        counts: A counter to go on with: ``"upper"`` and ``"lower"`` gradients, ``"hvp"``, ``"cross"``, ``"cross_t"``.
+    """
+
+    def __init__(
+        self, problem: Bilevel, x: Any, y: Any, batch: Any = None, *, counts: Counter[str] | None = None
+    ) -> None:
+        self.problem, self.counts = problem, Counter() if counts is None else counts
+        self.upper_batch, self.lower_batch = two_batches(batch)
+        self.x_variables, self.y_variables = Variables("x", x), Variables("y", y)
+        named = ((v.labels, v.leaves) for v in (self.y_variables, self.x_variables))
+        check_devices(pair for labels, leaves in named for pair in zip(labels, leaves, strict=True))
+        self.x, self.y = self.x_variables.constants(), self.y_variables.constants()
+        self._upper = Objective(problem.upper, "upper", self.x_variables, self.y_variables)
+        self._lower = Objective(problem.lower, "lower", self.x_variables, self.y_variables)
+        self._upper.refuse_captured(self.upper_batch)
+        self._lower.refuse_captured(self.lower_batch)
+        self._upper_result: tuple[Tensor, Tensor, Tensor] | None = None
+        self._value: Tensor | None = None
+        self._slope: Recorded | None = None
+
+    def upper(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, gradient in x and gradient in y of the upper objective."""
+        if self._upper_result is None:
+            self.counts["upper"] += 1
+            with torch.enable_grad():
+                value = self._upper(self.x, self.y, self.upper_batch)
+            parts = _gradient(value, [*self.x, *self.y])
+            k = len(self.x)
+            self._upper_result = value.detach(), _joined(parts[:k]), _joined(parts[k:])
+        return self._upper_result
+
+    def lower(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Value, gradient in x and gradient in y of the lower objective."""
+        slope, value = self.slope(), self._value
+        assert value is not None
+        in_x = _joined(_gradient(value, self.x, retain_graph=True))
+        return value.detach(), in_x, slope.value.detach()
+
+    def slope(self) -> Recorded:
+        """The lower gradient in y with its graph."""
+        if self._slope is None:
+            self.counts["lower"] += 1
+            with torch.enable_grad():
+                self._value = self._lower(self.x, self.y, self.lower_batch)
+                slope = _joined(_gradient(self._value, self.y, create_graph=True))
+            self._slope = Recorded(slope, self.y, self.x, True, self.counts)
+        return self._slope
+
+    def hvp(self, v: Tensor) -> Tensor:
+        """``H v``."""
+        return self.slope().pull(v)
+
+    def cross(self, v: Tensor) -> Tensor:
+        """``J v``, a vector of x."""
+        return self.slope().cross(v)
+
+    def cross_t(self, u: Tensor) -> Tensor:
+        """``J^T u``, a vector of y."""
+        return self.slope().cross_t(u)
+
+    def lower_gradients_at(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of the lower objective in x and in y at another vector y, same x, batch and random numbers."""
+        self.counts["lower"] += 1
+        leaves = [leaf.detach().requires_grad_() for leaf in self.y_variables.split(y)]
+        with torch.enable_grad():
+            value = self._lower(self.x, leaves, self.lower_batch)
+        parts = _gradient(value, [*self.x, *leaves])
+        return _joined(parts[: len(self.x)]), _joined(parts[len(self.x) :])
+
+    def optimality(self, damping: float = 0.0) -> Recorded:
+        """What is zero at a lower solution, as a function of y (and of multipliers): see :mod:`._optimality`.
+
+        Next to a prox or a constraint, `damping` is added to the Hessian.
+        """
+        from ._optimality import kkt_residual, prox_residual
+
+        if self.problem.prox_lower is not None:
+            return prox_residual(self, self.problem.prox_lower, damping)
+        if self.problem.constraint is not None:
+            return kkt_residual(self, self.problem.constraint, damping)
+        return self.slope()
+
+    def objective_of_constraint(self, constraint: Callable[..., Any]) -> Objective:
+        """The constraint as a function of leaves."""
+        function = Objective(constraint, "constraint", self.x_variables, self.y_variables, scalar=False)
+        function.refuse_captured()
+        return function
+
+
+def _gradient(
+    value: Tensor, leaves: Sequence[Tensor], *, retain_graph: bool | None = None, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+    return torch.autograd.grad(
+        value, leaves, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+
+
+def _joined(leaves: Sequence[Tensor]) -> Tensor:
+    flat = [leaf.reshape(-1) for leaf in leaves]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
