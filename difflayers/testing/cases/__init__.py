@@ -2,7 +2,7 @@
 
 >>> from difflayers.testing.cases import all_cases
 >>> sorted(all_cases())[:2]
-['conic', 'equilibrium']
+['bilevel', 'conic']
 """
 
 from __future__ import annotations
