@@ -45,6 +45,8 @@ _CAUSES = {
     "(c) a degenerate or repeated solution, where no derivative exists; a small ridge removes (a) and (c)",
 }
 
+_ADVICE = "raise `max_steps` if it was reached, else the solver stagnated: loosen `rtol`, rescale, or improve `init`."
+
 
 class Info(NamedTuple):
     """One report per batch element: integer ``status``, ``steps`` taken, ``residual`` norm reached."""
@@ -191,6 +193,7 @@ def settle(
     present: Callable[[Tensor], Any] = lambda value: value,
     diagnose: Callable[[], None] = lambda: None,
     excused: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    remedy: str = "",
 ) -> Tensor:
     """Applies the failure policy to a finished solve: raises, warns, masks with NaN, or does nothing.
 
@@ -204,6 +207,7 @@ def settle(
         diagnose: Called before a ``SolveError``; may raise a clearer error (bad input).
         excused: Called only where some element failed: the value with what can be known without a solve, and the
             elements whose failure is none.
+        remedy: What to do about ``MAX_STEPS`` with this solver, in place of the general advice.
 
     Returns:
         The value, with NaN in failed elements under ``"nan"``.
@@ -231,8 +235,8 @@ def settle(
         warnings.warn(
             f"{name} ({phase}): {int(starved.sum())} of {starved.numel()} batch elements stopped after "
             f"{int(info.steps[starved].max())} steps before they met the tolerance; largest residual "
-            f"{float(info.residual[starved].max()):.2e}. The result and its gradient may be inaccurate: raise "
-            "`max_steps` if it was reached, else the solver stagnated: loosen `rtol`, rescale, or improve `init`.",
+            f"{float(info.residual[starved].max()):.2e}. The result and its gradient may be inaccurate: "
+            + (remedy or _ADVICE),
             SolveWarning,
             stacklevel=_stacklevel(),
         )

@@ -18,11 +18,20 @@ tensor([0.2500, 0.0960])
 
 from ._argmin_layer import ArgminLayer
 from ._bamm import BAMM
+from ._bilevel_pruning import BilevelPruning
+from ._bloop import Bloop, BloopStats
 from ._bome import BOME
+from ._borep import BOREP
+from ._bsvrb import BSVRB
+from ._dataset_distillation import DatasetDistillation
+from ._error_bound import Smoothness
 from ._f2sa import F2SA
 from ._finite_difference import FiniteDifference
+from ._hoag import HOAG
 from ._hypergradient import Hypergradient, hypergradient
+from ._implicit_sgd import ImplicitSGD
 from ._lvhba import LVHBA
+from ._maid import MAID, MAIDStats
 from ._meha import MEHA
 from ._method import Method, StepStats
 from ._mfac import MFAC
@@ -30,15 +39,20 @@ from ._minimize import MethodHistory, minimize
 from ._penalty_method import PenaltyMethod
 from ._problem import Bilevel
 from ._schedules import Constant, Exponential, Linear, Power
+from ._self_tuning import Hyperparameter, SelfTuning
 from ._soba import SABA, SOBA
 from ._vpbgd import GPBGD, VPBGD
 
 __all__ = [
     "BAMM",
     "BOME",
+    "BOREP",
+    "BSVRB",
     "F2SA",
     "GPBGD",
+    "HOAG",
     "LVHBA",
+    "MAID",
     "MEHA",
     "MFAC",
     "SABA",
@@ -46,15 +60,24 @@ __all__ = [
     "VPBGD",
     "ArgminLayer",
     "Bilevel",
+    "BilevelPruning",
+    "Bloop",
+    "BloopStats",
     "Constant",
+    "DatasetDistillation",
     "Exponential",
     "FiniteDifference",
     "Hypergradient",
+    "Hyperparameter",
+    "ImplicitSGD",
     "Linear",
+    "MAIDStats",
     "Method",
     "MethodHistory",
     "PenaltyMethod",
     "Power",
+    "SelfTuning",
+    "Smoothness",
     "StepStats",
     "hypergradient",
     "minimize",

@@ -6,7 +6,6 @@ solution is not unique.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ class BAMM(Method):
     The problem of the last mu is what is solved; the bias vanishes with mu.
 
     Args:
-        problem: The problem, without prox and constraint.
+        problem: The problem; of its optional parts `project_upper`.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables.
         mixing: mu, in (0, 1), falling to 0.
@@ -34,7 +33,6 @@ class BAMM(Method):
         step_lower: beta, of y; below ``2 / L_psi``.
         step_adjoint: eta, of v; below ``2 / L_psi``.
         radius: Of the ball of v.
-        project_upper: None, or ``fn(x) -> like x``, the projection onto X.
 
     ``infeasibility`` is ``|grad_y f(x, y)|``.
 
@@ -74,9 +72,8 @@ class BAMM(Method):
         step_lower: float | Schedule = Constant(0.5),
         step_adjoint: float | Schedule = Constant(0.5),
         radius: float = 1000.0,
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, project_upper=project_upper)
+        super().__init__(problem, x, y)
         self.mu, self.alpha = as_schedule("mixing", mixing), as_schedule("step", step)
         self.beta, self.eta = as_schedule("step_lower", step_lower), as_schedule("step_adjoint", step_adjoint)
         if not radius > 0:

@@ -7,7 +7,6 @@ variables move along :math:`\nabla F + \lambda \nabla q` with the smallest :math
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class BOME(Method):
     mu-strongly convex f.
 
     Args:
-        problem: The problem, without prox and constraint.
+        problem: The problem; of its optional parts `project_upper`.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables.
         step: Of x and y.
@@ -41,7 +40,6 @@ class BOME(Method):
         by_value: ``phi = eta q`` instead.
         ratio: Of the step of x to that of y, where gradients in x are of another size altogether. This is the method
             in the variable ``x / sqrt(ratio)``: products of directions are those of that variable.
-        project_upper: None, or ``fn(x) -> like x``.
 
     ``infeasibility`` is q, ``f(x, y) - f(x, y')``.
 
@@ -79,9 +77,8 @@ class BOME(Method):
         control: float | Schedule = Constant(0.5),
         by_value: bool = False,
         ratio: float = 1.0,
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, project_upper=project_upper)
+        super().__init__(problem, x, y)
         self.xi, self.alpha = as_schedule("step", step), as_schedule("step_lower", step_lower)
         self.eta, self.by_value = as_schedule("control", control), by_value
         self.ratio = check_ratio(ratio)

@@ -9,7 +9,6 @@ as :math:`\lambda \to \infty`, with an error proportional to :math:`1 / \lambda`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ._method import Evaluation, Seen, check_ratio
@@ -29,7 +28,7 @@ class F2SA(TwinMethod):
     upper objective may be *below* the optimum.
 
     Args:
-        problem: The problem, without prox and constraint.
+        problem: The problem; of its optional parts `project_upper`.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables; start of z too.
         step: alpha, of y and x. Below ``2 / (L_F + lambda L_f)``, so it has to fall as lambda grows.
@@ -39,7 +38,6 @@ class F2SA(TwinMethod):
         inner_steps: Steps of z and y for each of x.
         momentum: None, or the weight of the new direction, in (0, 1]: variance-reduced directions for noisy batches
             (F3SA), at twice the gradients.
-        project_upper: None, or ``fn(x) -> like x``.
 
     ``infeasibility`` is ``f(x, y) - f(x, z)``.
 
@@ -81,9 +79,8 @@ class F2SA(TwinMethod):
         ratio: float = 1.0,
         inner_steps: int = 1,
         momentum: float | Schedule | None = None,
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, inner_steps=inner_steps, momentum=momentum, project_upper=project_upper)
+        super().__init__(problem, x, y, inner_steps=inner_steps, momentum=momentum)
         self.alpha, self.gamma = as_schedule("step", step), as_schedule("step_lower", step_lower)
         self.multiplier = None if multiplier is None else as_schedule("multiplier", multiplier)
         self.ratio = check_ratio(ratio)

@@ -26,7 +26,8 @@ class FiniteDifference:
 
     Args:
         adjoint: How the system is solved with these products: ``Implicit(solver, damping)`` with an iterative solver,
-            ``Neumann(terms)`` or ``OneStep()``. Tolerances below the error of a difference are not met.
+            ``Neumann(terms)`` or ``OneStep()``. Tolerances below the error of a difference are not met. None:
+            ``Implicit(CG(rtol))`` with 1e-6 in double and 1e-4 in single precision.
         radius: How far the lower variables move. None: cube root of the rounding unit, times the norm of y, at least 1.
 
     Raises:
@@ -46,14 +47,19 @@ class FiniteDifference:
     that is ``FiniteDifference(Neumann(1, step), radius=0.01)``.
     """
 
-    adjoint: Implicit | Neumann | OneStep = Implicit(CG(rtol=1e-6))
+    adjoint: Implicit | Neumann | OneStep | None = None
     radius: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.adjoint, Implicit | Neumann | OneStep):
+        if not isinstance(self.adjoint, Implicit | Neumann | OneStep | None):
             raise ValueError(f"adjoint: expected Implicit, Neumann or OneStep, got {type(self.adjoint).__name__}")
         if self.radius is not None and not 0 < self.radius < math.inf:
             raise ValueError(f"radius: expected None or a positive number, got {self.radius!r}")
+
+    def inner(self, dtype: torch.dtype) -> Implicit | Neumann | OneStep:
+        """How the system is solved; the error of a difference is near ``eps^(2/3)``."""
+        rtol = max(1e-6, 4 * torch.finfo(dtype).eps ** (2 / 3))
+        return self.adjoint if self.adjoint is not None else Implicit(CG(rtol=rtol))
 
 
 class Differences:
@@ -65,11 +71,12 @@ class Differences:
         self.oracles = oracles
         self.y = oracles.y_variables.join([leaf.detach() for leaf in oracles.y])
         self.value = oracles.lower_gradients_at(self.y)[1]
+        self.gap = torch.linalg.vector_norm(self.value, dim=-1)
         if radius is None:
-            size = torch.linalg.vector_norm(self.y).clamp_min(1)
+            size = torch.linalg.vector_norm(self.y, dim=-1, keepdim=True).clamp_min(1)
             self.radius = torch.finfo(self.y.dtype).eps ** (1 / 3) * size
         else:
-            self.radius = torch.full_like(self.y[0], radius) if self.y.numel() else self.y.sum() + radius
+            self.radius = self.y.new_full((), radius)
 
     def pull(self, v: Tensor) -> Tensor:
         """``H v``."""
@@ -85,13 +92,16 @@ class Differences:
 
     def matrix(self) -> Tensor:
         """H, symmetrised."""
-        eye = torch.eye(self.y.numel(), dtype=self.y.dtype, device=self.y.device)
-        H = torch.stack([self.pull(e) for e in eye])
+        eye = torch.eye(self.y.shape[-1], dtype=self.y.dtype, device=self.y.device)
+        H = torch.stack([self.pull(e.expand_as(self.y)) for e in eye], -2)
         return (H + H.mT) / 2
 
     def _difference(self, v: Tensor, which: int) -> Tensor:
-        norm = torch.linalg.vector_norm(v)
-        epsilon = self.radius / torch.where(norm > 0, norm, 1)
+        # the gradients in x are means over the blocks: these move by one length
+        radius, norm = self.radius, torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        if which == 0:
+            radius, norm = radius.min(), torch.linalg.vector_norm(v)
+        epsilon = radius / torch.where(norm > 0, norm, 1)
         ahead = self.oracles.lower_gradients_at(self.y + epsilon * v)[which]
         behind = self.oracles.lower_gradients_at(self.y - epsilon * v)[which]
         return (ahead - behind) / (2 * epsilon)  # zero for v = 0

@@ -8,6 +8,7 @@ products; memory does not depend on how many there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_finite
+from difflayers._checks import check_finite, compute_dtype
 from difflayers._solution import Info, OnFailure, Solution, SolveError, Status, check_policy, settle, timed
 from difflayers.implicit import Implicit, Neumann, OneStep, Unrolled
+from difflayers.implicit._adjoints import Damped
 from difflayers.linalg import CG, GMRES, LU, MINRES, QR, Cholesky, LinearSolver
-from difflayers.linalg._autodiff import autocast_off, opaque
+from difflayers.linalg._autodiff import autocast_off, opaque, transforms_active
 from difflayers.linalg._linear_solve import DENSE_LIMIT
 from difflayers.linalg._system import LinearSystem, Params
 
+from ._curvature import Curvature
 from ._finite_difference import Differences, FiniteDifference
 from ._mfac import MFAC, MFACSolver
 from ._optimality import multipliers
@@ -40,13 +43,14 @@ class Hypergradient:
     Attributes:
         grad: The hypergradient, with the structure of `x`; a dict from names to tensors where `x` is a module.
         adjoint: The solution q of the adjoint system, with the structure of `y`: ``init`` of the next outer step.
-        value: The upper objective.
+        value: The upper objective (with blocks, their mean).
         stationarity: Norm of what is zero at a lower solution (its gradient, the fixed-point or KKT residual): the
             hypergradient is that of the exact solution up to a multiple of it.
-        status: How the adjoint solve ended, see :class:`~difflayers.Status`; a 0-dim tensor, like the next two.
+        status: How the adjoint solve ended, see :class:`~difflayers.Status`; a 0-dim tensor, like the next two and
+            `stationarity`, ``(m,)`` tensors with m blocks.
         steps: Steps the adjoint solve took.
         residual: ``||H q - grad_y F||``.
-        products: Number of products with the Hessian, all told.
+        products: Number of products with the Hessian, all told; one with those of all blocks counts once.
     """
 
     grad: Any
@@ -83,8 +87,19 @@ def hypergradient(
     r"""The gradient of the upper objective in `x`, through the lower solution `y`.
 
     Solves ``H q = grad_y upper`` at ``(x, y)`` and returns ``grad_x upper - J q``, where H is the Hessian of the lower
-    objective in y and J its mixed derivative. With a prox the system is that of its fixed point (support-aware: zero
-    through coordinates that rest at a kink), with equalities the KKT system.
+    objective in y and J its mixed derivative. With a prox or a projection of y the system is that of its fixed point
+    (support-aware: zero through coordinates that rest at a kink), with constraints the KKT system. With blocks one
+    adjoint system is solved for each, all at once; the gradient is that of the mean.
+
+    Inequalities that hold y are read off y itself: rows nearer to their bound than ``eps^(1/3)`` (6e-6 in double, 5e-3
+    in single precision) times the norm of y, at least 1, whose multipliers, a nonnegative least-squares fit of the
+    lower gradient, are above the same multiple of that gradient, count as equalities. Others are absent; so is a weakly
+    active one (at its bound without a multiplier), where only one-sided derivatives exist.
+
+    A y that is no minimum is noticed by curvature. CG sees that of every direction it takes, Cholesky all of it.
+    MINRES, GMRES and other solvers that end well on a saddle are judged by the first 6 products they ask for, a prox
+    and constraints by 6 products on the support or along the constraint: up to 6 unknowns that is everything, beyond it
+    what these products show. Neumann's series and OneStep are no solutions of a system, and warn.
 
     Args:
         problem: The problem.
@@ -92,20 +107,22 @@ def hypergradient(
         y: Lower variables, at (or near) the lower solution: the error of the hypergradient is proportional to theirs.
         batch: None, or ``(upper_batch, lower_batch)``, handed to the two functions as they are.
         adjoint: ``Implicit(solver, damping)`` with a linear solver, ``Neumann(terms)``, ``OneStep()`` (the first term
-            of it), :class:`MFAC` or :class:`FiniteDifference`. None: ``Implicit(CG())``, with ``GMRES()`` for a prox
-            and ``MINRES()`` for equalities. A dense solver of a smooth problem is Cholesky, which knows a minimum.
-            Damping is added to the Hessian alone.
+            of it, with a step that 20 products estimate), :class:`MFAC` or :class:`FiniteDifference`. None:
+            ``Implicit(CG())``, with ``GMRES()`` for a prox or projection and ``MINRES()`` for constraints. A dense
+            solver of a smooth problem is Cholesky, which knows a minimum. Damping is added to the Hessian alone.
         init: The ``adjoint`` of an earlier call to start the iteration from.
-        on_failure: What to do when the adjoint system has no solution: ``"raise"``, ``"nan"`` or ``"ignore"``.
+        on_failure: What to do when the adjoint system has no solution: ``"raise"``, ``"nan"`` (the gradient is NaN: all
+            of x hangs on every block) or ``"ignore"`` (what was reached). The adjoint is what was reached, always.
 
     Returns:
         :class:`Hypergradient`, detached.
 
     Raises:
-        ValueError: For bad input, naming the argument: a function that returns more than one number or takes a
-            differentiated tensor from its surroundings, a batch that is no pair, NaN.
-        SolveError: Where the Hessian is not positive definite, or the iteration diverged. ``MAX_STEPS`` (also a Neumann
-            series that grows) is a :class:`~difflayers.SolveWarning`.
+        ValueError: For bad input, naming the argument: a function that returns more than one number (a block), has no
+            derivative or takes a differentiated tensor from its surroundings, a batch that is no pair, NaN, a y that
+            violates an inequality or would leave its bound; and inside of ``torch.func`` transforms.
+        SolveError: Where the Hessian is not positive definite, or the iteration diverged; names the blocks.
+            ``MAX_STEPS`` (also a Neumann series that grows) is a :class:`~difflayers.SolveWarning`.
 
     Differentiable in nothing: it is a derivative itself. :class:`ArgminLayer` has derivatives of higher order.
 
@@ -121,6 +138,11 @@ def hypergradient(
     D. Duvenaud, Optimizing Millions of Hyperparameters by Implicit Differentiation, 2020.
     """
     check_policy(on_failure)
+    if transforms_active():
+        raise ValueError(
+            "hypergradient: expected a call outside of torch.func transforms (vmap, grad, jvp) and forward mode, got "
+            "one inside; for many independent lower problems see `blocks` of Bilevel, for derivatives ArgminLayer"
+        )
     with torch.inference_mode(False):
         oracles = Oracles(check_problem(problem), x, y, batch)
         with autocast_off(oracles.y[0]):
@@ -130,42 +152,60 @@ def hypergradient(
 def _solve(oracles: Oracles, adjoint: Adjoint | None, init: Any, on_failure: OnFailure) -> Hypergradient:
     problem = oracles.problem
     value, upper_x, upper_y = oracles.upper()
-    y_vars = oracles.y_variables
+    y_vars, damping = oracles.y_variables, adjoint.damping if isinstance(adjoint, Implicit) else 0.0
     if isinstance(adjoint, FiniteDifference):
-        if problem.prox_lower is not None or problem.constraint is not None:
+        if oracles.group is not None and problem.blocks is not None:
+            raise ValueError(
+                "adjoint: expected Implicit, Neumann or OneStep with blocks and a group, got FiniteDifference"
+            )
+        if not problem.smooth:
             raise ValueError("adjoint: expected Implicit or Neumann with a prox or a constraint, got FiniteDifference")
         recorded: Recorded | Differences = Differences(oracles, adjoint.radius)
-        adjoint = adjoint.adjoint
+        adjoint = adjoint.inner(upper_y.dtype)
+        noise = 1e5
     else:
-        smooth = problem.prox_lower is None and problem.constraint is None
-        damping = adjoint.damping if isinstance(adjoint, Implicit) and not smooth else 0.0
-        recorded = oracles.optimality(damping)
-        if damping and isinstance(adjoint, Implicit):
-            adjoint = replace(adjoint, damping=0.0)
-    n, extra = y_vars.size, recorded.value.numel() - y_vars.size
-    solver = _linear_solver(problem, adjoint, recorded.value.numel())
-    rhs = torch.cat([upper_y, upper_y.new_zeros(extra)]) if extra else upper_y
-    start = None if init is None else _start(recorded, y_vars.read("init", init), upper_y)
-    system = _AdjointSystem(solver, None, name="hypergradient", symmetric=recorded.symmetric, recorded=recorded)
+        recorded, noise = oracles.optimality(0.0 if problem.smooth else damping), 1.0
+        if isinstance(adjoint, Implicit) and not problem.smooth:
+            adjoint, damping = replace(adjoint, damping=0.0), 0.0
+    n, size = y_vars.size, recorded.value.shape[-1]
+    solver = _linear_solver(problem, adjoint, size, upper_y.dtype)
+    rhs = torch.cat([upper_y, upper_y.new_zeros(size - n)]) if size > n else upper_y
+    rhs = rhs.to(compute_dtype(rhs.dtype))
+    start = None if init is None else _start(recorded, y_vars.read("init", init), upper_y).to(rhs)
+    if oracles.group is not None:
+        oracles.group.refuse_different(None if problem.blocks is not None else start, adjoint, rhs.device)
+    looks = recorded.symmetric and problem.smooth and _needs_a_look(solver)
+    seen = Curvature() if looks else None
+    system = _AdjointSystem(
+        solver, None, name="hypergradient", symmetric=recorded.symmetric, recorded=recorded, seen=seen
+    )
 
     def solve() -> tuple[Tensor, Info]:
-        factors = solver.factor(system, (), rhs)
-        q, info = solver.solve(system, (), factors, rhs, True, start)
+        scale = _extreme(rhs)
+        b, q0 = rhs / scale, None if start is None else start / scale
+        factors = solver.factor(system, (), b)
+        q, info = solver.solve(system, (), factors, b, True, q0)
         if factors or isinstance(solver, MFACSolver):  # which do not look
-            info = info._replace(residual=torch.linalg.vector_norm(recorded.pull(q) - rhs))
-        return q, info
+            info = info._replace(residual=torch.linalg.vector_norm(system.apply((), q, True) - b, dim=-1))
+        info = info._replace(residual=info.residual * scale.squeeze(-1))
+        if isinstance(adjoint, Implicit | None) and not isinstance(recorded, Differences) and recorded.curvature:
+            return q * scale, _bent(info, recorded.curvature().negative(), Status.SINGULAR)
+        series = isinstance(adjoint, Neumann | OneStep)
+        bent = None if seen is None else seen.negative(damping, noise)
+        return q * scale, _bent(info, bent, Status.MAX_STEPS if series else Status.SINGULAR)
 
     with torch.no_grad():
         q, info = timed("hypergradient", "adjoint", solve)
+        q = q.to(upper_y.dtype)
         grad = upper_x - recorded.cross(q)
     products = oracles.counts["hvp"]
 
     def result(grad: Tensor) -> Hypergradient:
         return Hypergradient(
             grad=oracles.x_variables.present(grad),
-            adjoint=y_vars.present(q[:n]),
+            adjoint=y_vars.present(q[..., :n]),
             value=value,
-            stationarity=torch.linalg.vector_norm(recorded.value.detach()),
+            stationarity=recorded.gap,
             status=info.status,
             steps=info.steps,
             residual=info.residual,
@@ -175,7 +215,40 @@ def _solve(oracles: Oracles, adjoint: Adjoint | None, init: Any, on_failure: OnF
     def diagnose() -> None:
         _name_bad_input(oracles, upper_y, info, grad, result)
 
-    return result(settle(grad, info, on_failure, name="hypergradient", phase="adjoint", diagnose=diagnose))
+    def judge() -> None:
+        present = lambda _: result(grad)  # noqa: E731
+        settle(q, info, on_failure, name="hypergradient", phase="adjoint", present=present, diagnose=diagnose)
+
+    failed = (info.status > Status.MAX_STEPS).any()
+    if oracles.group is not None and problem.blocks is not None:
+        oracles.group.together(judge, q.device)
+        failed = oracles.group.any(failed)
+    else:
+        judge()
+    if on_failure == "nan":  # all of x hangs on every block
+        grad = torch.where(failed, math.nan, grad)
+    return result(grad)
+
+
+def _extreme(rhs: Tensor) -> Tensor:
+    """The largest number of a vector whose square might overflow or vanish, 1 for others."""
+    size = rhs.abs().amax(-1, keepdim=True) if rhs.shape[-1] else rhs.new_zeros((*rhs.shape[:-1], 1))
+    limits = torch.finfo(rhs.dtype)
+    extreme = ((size < limits.tiny**0.25) | (size > limits.max**0.25)) & (size > 0) & torch.isfinite(size)
+    return torch.where(extreme, size, 1)
+
+
+def _bent(info: Info, bent: Tensor | None, status: Status) -> Info:
+    """The report with a status for elements that were seen to bend downwards."""
+    if bent is None:
+        return info
+    return info._replace(status=torch.where(bent, info.status.clamp_min(int(status)), info.status))
+
+
+def _needs_a_look(solver: LinearSolver) -> bool:
+    """Whether a solver ends well on an indefinite matrix."""
+    inner = solver.inner if isinstance(solver, Damped) else solver
+    return not isinstance(inner, CG | Cholesky | MFACSolver)
 
 
 def _start(recorded: Recorded | Differences, q: Tensor, upper_y: Tensor) -> Tensor:
@@ -188,11 +261,13 @@ def _start(recorded: Recorded | Differences, q: Tensor, upper_y: Tensor) -> Tens
     return torch.cat([q, multipliers(A, upper_y - pulled)])
 
 
-def _linear_solver(problem: Bilevel, adjoint: Any, n: int) -> LinearSolver:
+def _linear_solver(problem: Bilevel, adjoint: Any, n: int, dtype: torch.dtype) -> LinearSolver:
     """The solver of the adjoint system, refused where it needs a structure that the system has not."""
-    smooth = problem.prox_lower is None and problem.constraint is None
+    smooth = problem.smooth
     if adjoint is None:
-        adjoint = Implicit(CG() if smooth else GMRES() if problem.prox_lower is not None else MINRES())
+        rtol = None if compute_dtype(dtype) == dtype else 4 * torch.finfo(dtype).eps  # products are no better
+        kind: Any = CG if smooth else GMRES if problem.proximal is not None else MINRES
+        adjoint = Implicit(kind(rtol=rtol))
     if isinstance(adjoint, OneStep):
         adjoint = Neumann(1)
     if isinstance(adjoint, Unrolled):
@@ -202,13 +277,15 @@ def _linear_solver(problem: Bilevel, adjoint: Any, n: int) -> LinearSolver:
         )
     if not isinstance(adjoint, Implicit | Neumann | MFAC):
         raise ValueError(f"adjoint: expected Implicit, Neumann, OneStep, MFAC or FiniteDifference, got {adjoint!r}")
+    if problem.blocks is not None and isinstance(adjoint, MFAC):
+        raise ValueError("adjoint: expected Implicit, Neumann or OneStep with blocks, got MFAC, which is of one matrix")
     if not smooth and isinstance(adjoint, MFAC):
         raise ValueError("adjoint: expected Implicit or Neumann with a prox or a constraint, got MFAC")
     if isinstance(adjoint, Implicit):
         inner = adjoint.linear_solver
-        refused = (CG, Cholesky, MINRES) if problem.prox_lower is not None else () if smooth else (CG, Cholesky)
+        refused = (CG, Cholesky, MINRES) if problem.proximal is not None else () if smooth else (CG, Cholesky)
         if isinstance(inner, refused):
-            fitting = "GMRES() or LU()" if problem.prox_lower is not None else "MINRES(), GMRES() or LU()"
+            fitting = "GMRES() or LU()" if problem.proximal is not None else "MINRES(), GMRES() or LU()"
             raise ValueError(
                 f"adjoint: expected {fitting} for a lower problem with a prox or constraints, whose adjoint system is "
                 f"not positive definite, got {type(inner).__name__}"
@@ -228,15 +305,20 @@ def definite(adjoint: Implicit, n: int) -> Implicit:
 
 @dataclass(frozen=True, eq=False)
 class _AdjointSystem(LinearSystem):
-    """The Jacobian of the optimality conditions at one point."""
+    """The Jacobian of the optimality conditions at one point; half precision is solved in single."""
 
     recorded: Recorded | Differences = None  # type: ignore[assignment]
+    seen: Curvature | None = None
 
     def apply(self, params: Params, v: Tensor, transpose: bool) -> Tensor:
-        return self.recorded.pull(v) if transpose else self.recorded.push(v)
+        u = v.to(self.recorded.value.dtype)
+        out = (self.recorded.pull(u) if transpose else self.recorded.push(u)).to(v.dtype)
+        if self.seen is not None:
+            self.seen.add(v, out)
+        return out
 
     def matrix(self, params: Params, like: Tensor) -> Tensor:
-        return self.recorded.matrix().mT
+        return self.recorded.matrix().mT.to(like.dtype)
 
 
 def _name_bad_input(
@@ -246,20 +328,25 @@ def _name_bad_input(
     for variables in (oracles.x_variables, oracles.y_variables):
         _check_leaves(variables)
     check_finite([("upper: gradient in y", upper_y)])
-    if int(info.status) == Status.SINGULAR and oracles.problem.prox_lower is None:
-        message = (
-            "hypergradient (adjoint): the lower Hessian is not positive definite at y"
-            if oracles.problem.constraint is None
-            else "hypergradient (adjoint): the KKT matrix of the lower problem is singular at y"
-        )
-        found = result(grad)
-        raise SolveError(
-            f"{message} ({int(info.steps)} steps, residual {float(info.residual):.2e}). Likely causes: (a) y is no "
-            "minimum: solve the lower problem further, (b) its minimum is not isolated: add a ridge to `lower`, or "
-            "damping to the adjoint, Implicit(CG(), damping=1e-3), (c) MINRES() solves singular and indefinite "
-            "systems that have a solution. The error's `.solution` carries what was reached.",
-            Solution(found, info.status, info.steps, info.residual),
-        )
+    singular = info.status == Status.SINGULAR
+    if not bool(singular.any()):
+        return
+    problem = oracles.problem
+    where = f" in blocks {singular.nonzero().flatten().tolist()}" if singular.ndim else ""
+    if problem.proximal is not None:
+        said = "the adjoint system of the fixed point is singular, or the smooth part bends downwards on the support"
+    elif problem.constraint is not None:
+        said = "the KKT matrix of the lower problem is singular at y, or the Lagrangian bends downwards"
+    else:
+        said = "the lower Hessian is not positive definite at y"
+    raise SolveError(
+        f"hypergradient (adjoint): {said}{where} ({int(info.steps.max())} steps, residual "
+        f"{float(info.residual[singular].max()):.2e}). Likely causes: (a) y is no minimum: solve the lower problem "
+        "further, (b) its minimum is not isolated: add a ridge to `lower`, or damping to the adjoint, "
+        "Implicit(CG(), damping=1e-3), (c) MINRES() solves singular systems that have a solution. The error's "
+        "`.solution` carries what was reached.",
+        Solution(result(grad), info.status, info.steps, info.residual),
+    )
 
 
 def _check_leaves(variables: Variables) -> None:

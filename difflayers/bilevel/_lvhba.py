@@ -9,15 +9,14 @@ is at most f where g holds, with equality at the lower solutions and their multi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ._method import Evaluation, Method, Seen, like_x, norm
+from ._group import group_of
+from ._method import Evaluation, Method, Seen, norm
 from ._objective import Objective
-from ._optimality import like_y
 from ._oracles import _gradient, _joined
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
@@ -35,7 +34,9 @@ class LVHBA(Method):
     are scaled to gradients of norm one, :attr:`multipliers` are those of the constraint as it was given.
 
     Args:
-        problem: The problem, with a constraint.
+        problem: The problem, with a constraint; of its optional parts also `project_joint`, the projection onto the set
+            where the constraint holds (and x and y are in sets of their own; None: the orthogonal projection, for
+            affine equalities), and `project_lower`, the projection of theta where y has a set of its own.
         x: Upper variables: tensor, pytree of tensors, or module; projected with y, if the constraint is violated.
         y: Lower variables; start of theta too.
         step: alpha, of x and y.
@@ -45,9 +46,6 @@ class LVHBA(Method):
         proximal: ``(gamma_1, gamma_2)``.
         penalty: c, that grows with an exponent of less than 1/2.
         bound: Largest (scaled) multiplier, of Z.
-        project_joint: ``fn(x, y) -> (x, y)``, the projection onto the set where the constraint holds (and x and y
-            are in sets of their own). None: the orthogonal projection, for affine equalities.
-        project_lower: None, or ``fn(y) -> like y``, the projection of theta where y has a set of its own.
 
     ``infeasibility`` is ``|y - theta| / gamma_1``, the norm of the gradient of v in y.
 
@@ -78,7 +76,8 @@ class LVHBA(Method):
     Departure: rows are scaled; z starts from zero (a published toy starts it at the known multiplier).
     """
 
-    takes_constraint: ClassVar[bool] = True
+    takes: ClassVar[frozenset[str]] = frozenset({"constraint", "project_joint", "project_lower"})
+    needs: ClassVar[frozenset[str]] = frozenset({"constraint"})
 
     def __init__(
         self,
@@ -92,8 +91,6 @@ class LVHBA(Method):
         proximal: tuple[float, float] = (1.0, 1.0),
         penalty: float | Schedule = Power(1.0, 0.3),
         bound: float = 1000.0,
-        project_joint: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        project_lower: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(problem, x, y)
         self.alpha, self.eta = as_schedule("step", step), as_schedule("step_inner", step_inner)
@@ -102,15 +99,11 @@ class LVHBA(Method):
             raise ValueError(f"proximal: expected a pair of numbers above 0, got {proximal!r}")
         if not bound > 0:
             raise ValueError(f"bound: expected a number above 0, got {bound!r}")
-        for name, function in (("project_joint", project_joint), ("project_lower", project_lower)):
-            if function is not None and not callable(function):
-                raise ValueError(f"{name}: expected a callable, got {type(function).__name__}")
         self.proximal, self.bound = proximal, bound
-        self.project_joint, self.project_lower = project_joint, project_lower
         rows = self._rows(self.state["x"], self.state["y"])
         size = torch.linalg.vector_norm(rows, dim=-1)
         self.state["scale"] = torch.where(size > 0, 1 / size, 1)
-        if project_joint is None:
+        if problem.project_joint is None:
             there = self._rows(self.state["x"] + 1, self.state["y"] - 1)
             close = torch.finfo(rows.dtype).eps ** 0.5 * size.unsqueeze(-1)
             if not problem.equality or bool(((rows - there).abs() > close).any()):
@@ -137,11 +130,7 @@ class LVHBA(Method):
         g, _, g_y = self._constraint(x, theta, dual)
         moved = theta - eta * (at.lower_in_y(x, theta) + g_y + (theta - y) / gamma_1)
         dual = self._onto_bounds(dual + eta * (g - (dual - z) / gamma_2))
-        if self.project_lower is not None:
-            with torch.no_grad():
-                tree = self.project_lower(self.y_variables.present(moved))
-            moved = like_y("project_lower", self.y_variables, tree)
-        theta = moved
+        theta = self._prox(moved, x, eta)
         upper, lower = at.upper(x, y), at.lower(x, y)
         _, g_x, _ = self._constraint(x, theta, dual)
         d_x = upper.x / c + lower.x - at.lower_in_x(x, theta) - g_x
@@ -175,18 +164,17 @@ class LVHBA(Method):
 
     def _function(self) -> Objective:
         assert self.problem.constraint is not None
-        function = Objective(self.problem.constraint, "constraint", self.x_variables, self.y_variables, scalar=False)
+        both = self.x_variables, self.y_variables
+        group = group_of(self.problem, *both)
+        function = Objective(self.problem.constraint, "constraint", *both, scalar=False, group=group)
         function.refuse_captured()
         return function
 
     def _feasible(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The projection onto the set where the constraint holds."""
         with torch.no_grad():
-            if self.project_joint is not None:
-                x_tree, y_tree = self.project_joint(self.x_variables.present(x), self.y_variables.present(y))
-                return like_x("project_joint", self.x_variables, x_tree), like_y(
-                    "project_joint", self.y_variables, y_tree
-                )
+            if self.problem.project_joint is not None:
+                return self._onto_joint(x, y)
             g = self._function()(self.x_variables.split(x), self.y_variables.split(y)).reshape(-1) * self.state["scale"]
             w = torch.cat([x, y]) - self._back @ g
             return w[: x.numel()], w[x.numel() :]

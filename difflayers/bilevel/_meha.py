@@ -10,7 +10,7 @@ is at most :math:`f + g`, with equality at the lower solutions. The method desce
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,14 +26,14 @@ class MEHA(Method):
     r"""Proximal gradient method on the gap to the Moreau envelope, without inner loop and second derivatives.
 
     Solves ``min_{x in X, y} upper(x, y)`` over the solutions (for a weakly convex f: proximal stationary points) of
-    ``min_y f(x, y) + g(x, y)``, where `prox_lower` of the problem is the prox of g. Each step is one proximal gradient
-    step of theta, of x (with the new theta) and of y (with the new theta and x).
+    ``min_y f(x, y) + g(x, y)``, where `prox_lower` of the problem is the prox of g (`project_lower`: of a set). Each
+    step is one proximal gradient step of theta, of x (with the new theta) and of y (with the new theta and x).
 
     The lower solution need not be unique and f need not be convex. The penalised problem of the last ``c`` is what is
     solved; infeasibility falls as c grows.
 
     Args:
-        problem: The problem, without constraint.
+        problem: The problem; of its optional parts `project_upper`, and `prox_lower` or `project_lower`.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables; start of theta too.
         step: alpha, of x.
@@ -42,7 +42,6 @@ class MEHA(Method):
         proximal: gamma, of the Moreau envelope; below ``1 / (2 rho)`` for a rho-weakly convex f.
         penalty: c, that grows with an exponent of less than 1/2.
         nonsmooth: None, or ``g(x, y) -> 0-dim tensor`` itself, needed where g depends on x: its gradient in x.
-        project_upper: None, or ``fn(x) -> like x``, the projection onto X.
 
     ``infeasibility`` is ``|y - theta| / gamma``, the norm of the gradient of the envelope.
 
@@ -68,7 +67,7 @@ class MEHA(Method):
     Single-Loop and Hessian-Free Solution Strategy, 2024, algorithm 1.
     """
 
-    takes_prox = True
+    takes: ClassVar[frozenset[str]] = frozenset({"prox_lower", "project_lower", "project_upper"})
 
     def __init__(
         self,
@@ -82,9 +81,8 @@ class MEHA(Method):
         proximal: float = 1.0,
         penalty: float | Schedule = Power(1.0, 0.3),
         nonsmooth: Callable[..., Tensor] | None = None,
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, project_upper=project_upper)
+        super().__init__(problem, x, y)
         self.alpha, self.beta = as_schedule("step", step), as_schedule("step_lower", step_lower)
         self.eta, self.penalty = as_schedule("step_theta", step_theta), as_schedule("penalty", penalty)
         if not proximal > 0:

@@ -1,10 +1,12 @@
-"""What all single-loop methods share: variables, gradients at any point, statistics, state that can be saved."""
+"""What all methods share: variables, gradients at any point, statistics, state that can be saved."""
 
 from __future__ import annotations
 
 import abc
+import copy
+import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,10 +17,10 @@ from torch import Tensor
 from difflayers._checks import check_same, check_shape
 
 from ._argmin_layer import ArgminLayer
+from ._evaluation import Evaluation
 from ._objective import Objective
 from ._optimality import like_y
-from ._oracles import Recorded, _gradient, _joined
-from ._problem import Bilevel
+from ._problem import OPTIONAL, Bilevel
 from ._variables import Variables
 
 
@@ -55,90 +57,8 @@ class Seen(NamedTuple):
     infeasibility: Tensor
 
 
-class Gradient(NamedTuple):
-    """Value of an objective and its gradients in x and in y."""
-
-    value: Tensor
-    x: Tensor
-    y: Tensor
-
-
-class Evaluation:
-    """Both objectives on one pair of batches, at any x and y (vectors); random numbers are the same at all points."""
-
-    def __init__(self, method: Method, upper_batch: Any, lower_batch: Any) -> None:
-        self.x, self.y, self.counts = method.x_variables, method.y_variables, method.counts
-        problem = method.problem
-        self.batches = {"upper": upper_batch, "lower": lower_batch}
-        self.objectives = {
-            name: Objective(function, name, self.x, self.y)
-            for name, function in (("upper", problem.upper), ("lower", problem.lower))
-        }
-        for name, objective in self.objectives.items():
-            objective.refuse_captured(self.batches[name])
-
-    def upper(self, x: Tensor, y: Tensor) -> Gradient:
-        """The upper objective with both gradients."""
-        return self._both("upper", x, y)
-
-    def lower(self, x: Tensor, y: Tensor) -> Gradient:
-        """The lower objective with both gradients."""
-        return self._both("lower", x, y)
-
-    def upper_in_y(self, x: Tensor, y: Tensor) -> Tensor:
-        """Gradient of the upper objective in y alone."""
-        return self._one("upper", x, y, in_x=False)
-
-    def lower_in_y(self, x: Tensor, y: Tensor) -> Tensor:
-        """Gradient of the lower objective in y alone."""
-        return self._one("lower", x, y, in_x=False)
-
-    def lower_in_x(self, x: Tensor, y: Tensor) -> Tensor:
-        """Gradient of the lower objective in x alone."""
-        return self._one("lower", x, y, in_x=True)
-
-    def slope(self, x: Tensor, y: Tensor) -> tuple[Tensor, Recorded]:
-        """The lower objective, and its gradient in y with the graph for products ``H v`` and ``J v``."""
-        self.counts["lower"] += 1
-        xs, ys = _leaves(self.x, x, True), _leaves(self.y, y, True)
-        with torch.enable_grad():
-            value = self.objectives["lower"](xs, ys, self.batches["lower"])
-            slope = _joined(_gradient(value, ys, create_graph=True))
-        return value.detach(), Recorded(slope, ys, xs, True, self.counts)
-
-    def mixed_slope(self, x: Tensor, y: Tensor, mu: float) -> tuple[Gradient, tuple[Tensor, Tensor], Recorded]:
-        """The upper gradients, the lower value and gradient in y, and that of ``mu F + (1 - mu) f`` with its graph."""
-        self.counts["upper"] += 1
-        self.counts["lower"] += 1
-        xs, ys = _leaves(self.x, x, True), _leaves(self.y, y, True)
-        with torch.enable_grad():
-            upper = self.objectives["upper"](xs, ys, self.batches["upper"])
-            lower = self.objectives["lower"](xs, ys, self.batches["lower"])
-            parts = _gradient(upper, [*xs, *ys], create_graph=True)
-            upper_x, upper_y = _joined(parts[: len(xs)]), _joined(parts[len(xs) :])
-            lower_y = _joined(_gradient(lower, ys, create_graph=True))
-            slope = mu * upper_y + (1 - mu) * lower_y
-        gradient = Gradient(upper.detach(), upper_x.detach(), upper_y.detach())
-        return gradient, (lower.detach(), lower_y.detach()), Recorded(slope, ys, xs, True, self.counts)
-
-    def _both(self, level: str, x: Tensor, y: Tensor) -> Gradient:
-        self.counts[level] += 1
-        xs, ys = _leaves(self.x, x, True), _leaves(self.y, y, True)
-        with torch.enable_grad():
-            value = self.objectives[level](xs, ys, self.batches[level])
-        parts = _gradient(value, [*xs, *ys])
-        return Gradient(value.detach(), _joined(parts[: len(xs)]), _joined(parts[len(xs) :]))
-
-    def _one(self, level: str, x: Tensor, y: Tensor, *, in_x: bool) -> Tensor:
-        self.counts[level] += 1
-        xs, ys = _leaves(self.x, x, in_x), _leaves(self.y, y, not in_x)
-        with torch.enable_grad():
-            value = self.objectives[level](xs, ys, self.batches[level])
-        return _joined(_gradient(value, xs if in_x else ys))
-
-
 class Method(abc.ABC):
-    """Base of the single-loop methods: an optimiser of both levels at once.
+    """Base of the methods: an optimiser of both levels at once.
 
     ``stats = algo.step(upper_batch, lower_batch)`` takes one step. Tensors and pytrees given as `x` and `y` are left
     alone, ``algo.x`` and ``algo.y`` are the current ones; modules are trained in place, as by an optimiser, and
@@ -148,29 +68,27 @@ class Method(abc.ABC):
         problem: The problem.
         counts: Evaluations so far: ``"upper"`` and ``"lower"`` gradients, ``"hvp"`` and ``"cross"`` products.
         steps: Steps taken.
-        state: The variables as vectors by name: ``"x"``, ``"y"`` and what the method carries along.
+        state: The variables as vectors by name: ``"x"``, ``"y"`` and what the method carries along. With blocks,
+            ``"y"`` is a matrix of one row a block.
+        plain: What the method carries along besides: numbers, strings, None, and lists, tuples and dicts of them.
+        takes: Names of the optional parts of a :class:`Bilevel` that the method can use; others are refused.
+        needs: Names of those that it cannot do without.
     """
 
-    takes_prox: ClassVar[bool] = False
-    takes_constraint: ClassVar[bool] = False
+    takes: ClassVar[frozenset[str]] = frozenset({"project_upper"})
+    needs: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, problem: Bilevel, x: Any, y: Any, *, project_upper: Callable[[Any], Any] | None = None) -> None:
-        name = type(self).__name__
+    def __init__(self, problem: Bilevel, x: Any, y: Any) -> None:
         if not isinstance(problem, Bilevel):
             raise ValueError(f"problem: expected a Bilevel, got {type(problem).__name__}")
-        if problem.prox_lower is not None and not self.takes_prox:
-            raise ValueError(f"prox_lower: expected None, {name} takes a smooth lower objective; see MEHA")
-        if (problem.constraint is not None) != self.takes_constraint:
-            expected = "a function" if self.takes_constraint else "None"
-            raise ValueError(f"constraint: expected {expected} for {name}, got {problem.constraint!r}")
-        if project_upper is not None and not callable(project_upper):
-            raise ValueError(f"project_upper: expected a callable, got {type(project_upper).__name__}")
-        self.problem, self.project_upper = problem, project_upper
-        self.x_variables, self.y_variables = Variables("x", x), Variables("y", y)
+        self._refuse(problem)
+        self.problem = problem
+        self.x_variables, self.y_variables = Variables("x", x), Variables("y", y, problem.blocks)
         both = (self.x_variables, self.y_variables)
         check_same((label, leaf) for v in both for label, leaf in zip(v.labels, v.leaves, strict=True))
         self.counts: Counter[str] = Counter()
         self.steps = 0
+        self.plain: dict[str, Any] = {}
         self.state = {"x": _snapshot(self.x_variables), "y": _snapshot(self.y_variables)}
 
     @property
@@ -183,29 +101,39 @@ class Method(abc.ABC):
         """The lower variables alike."""
         return self._present(self.y_variables, "y")
 
-    def step(self, upper_batch: Any = None, lower_batch: Any = None) -> StepStats:
+    def step(
+        self, upper_batch: Any = None, lower_batch: Any = None, *, blocks: Tensor | Sequence[int] | None = None
+    ) -> StepStats:
         """Takes one step.
 
         Args:
             upper_batch: Handed to the upper objective as it is.
             lower_batch: Handed to the lower objective.
+            blocks: Of a problem with blocks, the different indices ``(I,)`` of those that the step is to see: functions
+                get their rows of y and return ``(I,)`` numbers, and the batches are theirs. None: all.
 
         Returns:
             :class:`StepStats` of the point the step started from.
+
+        Raises:
+            ValueError: For blocks of a problem that has none, or that are no different indices.
         """
+        index = self._sampled(blocks)
         for name, variables in (("x", self.x_variables), ("y", self.y_variables)):
             if variables.module is not None:
                 self.state[name] = _snapshot(variables)
-        before, counts = dict(self.state), self.counts.copy()
+        before = dict(self.state), copy.deepcopy(self.plain), self.counts.copy(), self.steps
         try:
-            seen = self._update(Evaluation(self, upper_batch, lower_batch), self.steps)
+            seen = self._update(Evaluation(self, upper_batch, lower_batch, index), self.steps)
+            # a view into something larger may lie elsewhere in memory, which shows in the last bit of a sum
+            self.state = {key: v.clone() if v.storage_offset() else v for key, v in self.state.items()}
+            self.steps += 1
+            self._write_modules()
         except BaseException:  # also Ctrl-C: as if the step had not begun
-            self.state, self.counts = before, counts
+            self.state, self.plain, self.counts, self.steps = before
+            self._undo()
+            self._write_modules()
             raise
-        # a view into something larger may lie elsewhere in memory, which shows in the last bit of a sum
-        self.state = {key: v.clone() if v.storage_offset() else v for key, v in self.state.items()}
-        self.steps += 1
-        self._write_modules()
         count = self.counts
         return StepStats(
             self.steps, *seen, gradients=count["upper"] + count["lower"], products=count["hvp"] + count["cross"]
@@ -239,6 +167,7 @@ class Method(abc.ABC):
             "steps": self.steps,
             "counts": dict(self.counts),
             "state": {name: value.clone() for name, value in self.state.items()},
+            "plain": copy.deepcopy(self.plain),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -253,40 +182,84 @@ class Method(abc.ABC):
         name = type(self).__name__
         if state_dict.get("method") != name:
             raise ValueError(f"state_dict: expected the state of {name}, got that of {state_dict.get('method')}")
-        found = state_dict["state"]
+        found, plain = state_dict["state"], state_dict["plain"]
         if set(found) != set(self.state):
             raise ValueError(f"state_dict: expected tensors {sorted(self.state)}, got {sorted(found)}")
+        if set(plain) != set(self.plain):
+            raise ValueError(f"state_dict: expected values of {sorted(self.plain)}, got {sorted(plain)}")
         for key, value in self.state.items():
             check_shape(f"state_dict[{key!r}]", found[key].shape, value.shape)
         self.state = {key: found[key].detach().to(value, copy=True) for key, value in self.state.items()}
+        self.plain = copy.deepcopy(dict(plain))
         self.steps, self.counts = int(state_dict["steps"]), Counter(state_dict["counts"])
         self._write_modules()
 
     @abc.abstractmethod
     def _update(self, at: Evaluation, k: int) -> Seen:
-        """Replaces the tensors of `state` (never in place) by those after step k."""
+        """Replaces the tensors of `state` (never in place) and what is in `plain` by those after step k."""
+
+    def _undo(self) -> None:  # noqa: B027 (most have nothing to take back)
+        """Takes back what an interrupted update has done in place."""
+
+    def _refuse(self, problem: Bilevel) -> None:
+        """Refuses a problem with parts that the method has no use for, or without those that it needs."""
+        own = type(self).__name__
+        for part in OPTIONAL:
+            value = getattr(problem, part)
+            if value is not None and part not in self.takes:
+                others = ", ".join(sorted(m.__name__ for m in _methods(Method) if part in m.takes)) or "no method yet"
+                got = "a function" if callable(value) else repr(value)
+                raise ValueError(f"{part}: expected None for {own}, got {got}; it is taken by {others}")
+            if value is None and part in self.needs:
+                raise ValueError(f"{part}: expected {_KINDS.get(part, 'a function')} for {own}, got None")
+
+    def _sampled(self, blocks: Any) -> Tensor | None:
+        """The indices of the blocks that a step is to see."""
+        if blocks is None:
+            return None
+        m = self.problem.blocks
+        if m is None:
+            raise ValueError("blocks: expected None for a problem without blocks, got indices")
+        index = torch.as_tensor(blocks, device=self.state["y"].device)
+        if index.ndim != 1 or not len(index) or index.is_floating_point() or index.dtype == torch.bool:
+            raise ValueError(f"blocks: expected indices (I,), got {index.dtype} of shape {tuple(index.shape)}")
+        if not 0 <= int(index.min()) <= int(index.max()) < m or len(index.unique()) < len(index):
+            raise ValueError(f"blocks: expected different indices from 0 to {m - 1}, got {index.tolist()}")
+        return index
 
     def _onto_upper(self, x: Tensor) -> Tensor:
         """The projection of the upper variables."""
-        if self.project_upper is None:
+        if self.problem.project_upper is None:
             return x
         with torch.no_grad():
-            return like_x("project_upper", self.x_variables, self.project_upper(self.x_variables.present(x)))
+            return like_x("project_upper", self.x_variables, self.problem.project_upper(self.x_variables.present(x)))
+
+    def _onto_joint(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The projection of both."""
+        assert self.problem.project_joint is not None
+        with torch.no_grad():
+            pair = self.problem.project_joint(self.x_variables.present(x), self.y_variables.present(y))
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ValueError(f"project_joint output: expected a pair (x, y), got {type(pair).__name__}")
+            return (
+                like_x("project_joint", self.x_variables, pair[0]), like_y("project_joint", self.y_variables, pair[1])
+            )  # fmt: skip
 
     def _prox(self, y: Tensor, x: Tensor, step: float) -> Tensor:
-        """The prox of the lower problem at these upper variables."""
-        prox = self.problem.prox_lower
+        """The prox of the lower problem, or the projection of y, at these upper variables."""
+        prox = self.problem.proximal
         if prox is None:
             return y
-        v, variables = self.y_variables.present(y), self.y_variables
+        name = "prox_lower" if self.problem.project_lower is None else "project_lower"
+        v, variables, rows = self.y_variables.present(y), self.y_variables, len(y) if y.ndim == 2 else None
         with torch.no_grad():
             if self.x_variables.module is None:
-                return like_y("prox_lower", variables, prox(v, self.x_variables.present(x), step))
+                return like_y(name, variables, prox(v, self.x_variables.present(x), step), rows)
 
             def of_module(module: Any, _: Any) -> Tensor:
-                return like_y("prox_lower", variables, prox(v, module, step))
+                return like_y(name, variables, prox(v, module, step), rows)
 
-            call = Objective(of_module, "prox_lower", self.x_variables, variables, scalar=False)
+            call = Objective(of_module, name, self.x_variables, variables, scalar=False)
             return call(self.x_variables.split(x), variables.split(y))
 
     def _present(self, variables: Variables, name: str) -> Any:
@@ -298,6 +271,16 @@ class Method(abc.ABC):
                 with torch.no_grad():
                     for leaf, value in zip(variables.leaves, variables.split(self.state[name]), strict=True):
                         leaf.copy_(value)
+
+
+_KINDS = {"blocks": "a number of blocks", "group": "a process group"}
+
+
+def _methods(base: Any) -> set[Any]:
+    """The public methods of the library."""
+    public = base.__module__.startswith("difflayers.") and not base.__name__.startswith("_")
+    own = {base} if public and not inspect.isabstract(base) else set()
+    return own.union(*(_methods(c) for c in base.__subclasses__()))
 
 
 def like_x(argument: str, variables: Variables, tree: Any) -> Tensor:
@@ -334,7 +317,3 @@ def norm(*vectors: Tensor) -> Tensor:
 
 def _snapshot(variables: Variables) -> Tensor:
     return variables.join([leaf.detach() for leaf in variables.leaves]).clone()
-
-
-def _leaves(variables: Variables, vector: Tensor, wanted: bool) -> list[Tensor]:
-    return [leaf.detach().requires_grad_(wanted) for leaf in variables.split(vector)]

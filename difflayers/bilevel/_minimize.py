@@ -69,11 +69,12 @@ def minimize(
     *,
     upper_batches: Iterable[Any] | None = None,
     lower_batches: Iterable[Any] | None = None,
+    blocks: Iterable[Any] | None = None,
     record_every: int = 1,
     check_every: int = 100,
     progress: bool = True,
 ) -> MethodHistory:
-    """Takes many steps of a single-loop method.
+    """Takes many steps of a method.
 
     Args:
         algo: The method; it holds the result, and goes on from where it is.
@@ -81,6 +82,8 @@ def minimize(
         upper_batches: None, or what to take the batches of the upper objective from: started again where it runs out
             (a ``DataLoader`` shuffles again), so it has to be more than a generator. A full batch: ``[batch]``.
         lower_batches: The same for the lower objective.
+        blocks: The same for the indices ``(I,)`` of the blocks that a step is to see, in step with the batches, of a
+            problem that has blocks. None: all of them.
         record_every: Steps between two entries of the history.
         check_every: Steps between two looks at whether all numbers are finite.
         progress: Show a progress bar.
@@ -106,13 +109,14 @@ def minimize(
         (tensor([0.5000]), 1800)
     """
     if not isinstance(algo, Method):
-        raise ValueError(f"algo: expected a single-loop method, got {type(algo).__name__}")
+        raise ValueError(f"algo: expected a method, got {type(algo).__name__}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
     check_count("record_every", record_every)
     check_count("check_every", check_every)
     upper = _endless("upper_batches", upper_batches)
     lower = _endless("lower_batches", lower_batches)
+    sampled = _endless("blocks", blocks)
     bar: Any = nullcontext()
     if progress:
         from tqdm import tqdm
@@ -121,7 +125,8 @@ def minimize(
     history: list[StepStats] = []
     with bar:
         for k in range(1, steps + 1):
-            stats = algo.step(next(upper), next(lower))
+            rows = {} if blocks is None else {"blocks": next(sampled)}
+            stats = algo.step(next(upper), next(lower), **rows)
             if k % record_every == 0 or k == steps:
                 history.append(stats)
             if k % check_every == 0 or k == steps:

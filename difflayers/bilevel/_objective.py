@@ -16,9 +16,10 @@ from difflayers.implicit._fixed_point_module import _lock, _own_tensors, _random
 from difflayers.linalg._autodiff import transforms_active
 from difflayers.linalg._captured import Seen, _held, gradients_wanted, refuse_held, refuse_seen
 
+from ._group import Group
 from ._variables import Variables
 
-_REMEDY = (
+REMEDY = (
     "Make it part of x, y or the batch; a module's parameters are variables when the module itself is x or y, and "
     "constants after `.requires_grad_(False)`"
 )
@@ -49,12 +50,20 @@ class Objective:
         x: Variables of the upper level.
         y: Variables of the lower level.
         scalar: The function returns one number.
+        group: None, or the processes whose mean the function stands for: every call is a collective one.
     """
 
     def __init__(
-        self, function: Callable[..., Any], name: str, x: Variables, y: Variables, *, scalar: bool = True
+        self,
+        function: Callable[..., Any],
+        name: str,
+        x: Variables,
+        y: Variables,
+        *,
+        scalar: bool = True,
+        group: Group | None = None,
     ) -> None:
-        self.function, self.name, self.x, self.y, self.scalar = function, name, x, y, scalar
+        self.function, self.name, self.x, self.y, self.scalar, self.group = function, name, x, y, scalar, group
         modules = [m for m in (x.module, y.module) if m is not None] + _modules_in_reach(function)
         self.scope = _Scope(modules) if modules else None
         if self.scope is not None:
@@ -63,10 +72,27 @@ class Objective:
             self.places = {place: owner[id(p)] for place, p in own.items() if id(p) in owner}
             self.modes = [(m, m.training) for m in self.scope.modules()]
         self.device = y.leaves[0].device
+        self.compared = False
+        self.rows = 0  # blocks that all processes evaluate
+        self.known: Tensor | None = None  # their mean
+        self.failure: Exception | None = None
         self.draws: bool | None = None
         self.state = _random_state(self.device)
 
     def __call__(self, x: Sequence[Tensor], y: Sequence[Tensor], *rest: Any) -> Tensor:
+        if self.group is None:
+            return self._own(x, y, *rest)
+        compare, self.compared = not self.compared, True
+        function = lambda x, y: self._own(x, y, *rest)  # noqa: E731
+        if self.y.blocks is None:
+            return self.group.mean(function, self.name, x, y, rest, compare, self.failure)
+        if compare:
+            self.rows = self.group.rows(x, y, self.failure)
+        value, self.known = self.group.blocks(function, x, y, self.rows)
+        return value
+
+    def _own(self, x: Sequence[Tensor], y: Sequence[Tensor], *rest: Any) -> Tensor:
+        """What this process has."""
         if self.draws is None:
             self.state = _random_state(self.device)
             out = self._evaluate(x, y, rest)
@@ -80,21 +106,42 @@ class Objective:
                 _set_random_state(now, self.device)
         else:
             out = self._evaluate(x, y, rest)
-        return self._check(out)
+        return self._check(out, None if self.y.blocks is None else len(y[0]))
 
-    def refuse_captured(self, *rest: Any) -> None:
-        """Refuses a function that takes a tensor which is differentiated from somewhere else than its arguments."""
+    def mean(self, value: Tensor) -> Tensor:
+        """The value that the last call returned; of blocks their mean, of those of all processes."""
+        return value.detach().mean() if self.known is None else self.known
+
+    def of_mean(self, gradient: Tensor, value: Tensor) -> Tensor:
+        """A derivative by x of the sum of the value, as that of the mean over all blocks."""
+        return gradient if value.ndim == 0 else gradient / (self.rows or len(value))
+
+    def refuse_captured(self, *rest: Any, rows: Tensor | None = None) -> None:
+        """Refuses a function that takes a tensor which is differentiated from somewhere else than its arguments.
+
+        The rest of the arguments is for these rows of y alone.
+        """
         if not gradients_wanted():
             return
-        refuse_held(self.function, self.name, _REMEDY)
+        try:
+            self._look(rest, rows)
+        except Exception as error:
+            if self.group is None:
+                raise
+            self.failure = error  # for all processes, when they meet
+
+    def _look(self, rest: tuple[Any, ...], rows: Tensor | None) -> None:
+        refuse_held(self.function, self.name, REMEDY)
         if transforms_active() or _looked_at.knows(self.function):  # inside of transforms the engine looks
             return
         with torch.enable_grad():
             try:
-                out = self(self.x.constants(False), self.y.constants(False), *_constant(rest))
+                y = self.y.constants(False)
+                y = y if rows is None else [leaf[rows] for leaf in y]
+                out = self._own(self.x.constants(False), y, *_constant(rest))
             except RuntimeError:  # it differentiates inside, which constants do not allow: nothing to be seen
                 return
-        refuse_seen([out], self.name, _REMEDY)
+        refuse_seen([out], self.name, REMEDY)
         _looked_at.remember(self.function)
 
     def _evaluate(self, x: Sequence[Tensor], y: Sequence[Tensor], rest: tuple[Any, ...]) -> Any:
@@ -125,12 +172,14 @@ class Objective:
                 for m, mode in moved:
                     m.training = mode
 
-    def _check(self, out: Any) -> Tensor:
+    def _check(self, out: Any, rows: int | None) -> Tensor:
         if not isinstance(out, Tensor):
             raise ValueError(f"{self.name} output: expected a tensor, got {type(out).__name__}")
         if not out.is_floating_point():
             raise ValueError(f"{self.name} output: expected a floating-point tensor, got {out.dtype}")
-        if self.scalar:
+        if self.scalar and rows is not None:
+            check_shape(f"{self.name} output", out.shape, (rows,), ", one number a block,")
+        elif self.scalar:
             check_shape(f"{self.name} output", out.shape, (), ", one number (take the mean or the sum),")
         return out
 

@@ -7,8 +7,7 @@ is within a multiple of :math:`\sigma` of :math:`\Phi`; its gradient is formed f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from ._method import Evaluation, Seen
 from ._problem import Bilevel
@@ -19,15 +18,16 @@ from ._twin import TwinMethod
 class PenaltyMethod(TwinMethod):
     r"""Gradient method on a penalised objective, for lower problems with constraints.
 
-    Solves ``min_{x in X} upper(x, y)`` over the lower solutions ``y`` in Y, where `prox_lower` of the problem is the
-    projection onto Y (or the prox of any g of y alone). In step k, `inner_steps` times a proximal gradient step of z
-    on f and of y on ``sigma F + f``, then a projected one of x on ``psi_sigma``.
+    Solves ``min_{x in X} upper(x, y)`` over the lower solutions ``y`` in Y, where `project_lower` of the problem is the
+    projection onto Y (or `prox_lower` the prox of any g of y alone). In step k, `inner_steps` times a proximal gradient
+    step of z on f and of y on ``sigma F + f``, then a projected one of x on ``psi_sigma``.
 
     The minimiser for the last sigma is approached; its value is off by a multiple of sigma, and the upper objective may
     be *below* the optimum.
 
     Args:
-        problem: The problem, without constraint. Its prox may not depend on x.
+        problem: The problem; of its optional parts `project_upper`, and `project_lower` or `prox_lower`, that may not
+            depend on x.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables; start of z too.
         weight: sigma.
@@ -36,7 +36,6 @@ class PenaltyMethod(TwinMethod):
         inner_steps: Steps of z and y for each of x.
         momentum: None, or the weight of the new direction, in (0, 1]: variance-reduced directions for noisy batches, at
             twice the gradients.
-        project_upper: None, or ``fn(x) -> like x``, the projection onto X.
 
     ``infeasibility`` is ``f(x, y) - f(x, z)``.
 
@@ -51,7 +50,7 @@ class PenaltyMethod(TwinMethod):
         >>> problem = Bilevel(  # y = min(2 x, 1)
         ...     upper=lambda x, y, batch: (y - 3).square().sum() / 2 + x.square().sum() / 2,
         ...     lower=lambda x, y, batch: (y - 2 * x).square().sum() / 2,
-        ...     prox_lower=lambda v, x, step: v.clamp(max=1),
+        ...     project_lower=lambda y, x: y.clamp(max=1),
         ... )
         >>> algo = PenaltyMethod(problem, torch.zeros(1), torch.zeros(1), weight=0.1, step=0.02)
         >>> for _ in range(500):
@@ -66,7 +65,7 @@ class PenaltyMethod(TwinMethod):
     steps and inner iterations as functions of constants of the problem, here they are options.
     """
 
-    takes_prox = True
+    takes: ClassVar[frozenset[str]] = frozenset({"prox_lower", "project_lower", "project_upper"})
 
     def __init__(
         self,
@@ -79,9 +78,8 @@ class PenaltyMethod(TwinMethod):
         step_lower: float | Schedule = Constant(0.5),
         inner_steps: int = 1,
         momentum: float | Schedule | None = None,
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, inner_steps=inner_steps, momentum=momentum, project_upper=project_upper)
+        super().__init__(problem, x, y, inner_steps=inner_steps, momentum=momentum)
         self.weight = as_schedule("weight", weight)
         self.alpha, self.gamma = as_schedule("step", step), as_schedule("step_lower", step_lower)
 

@@ -8,7 +8,7 @@ all at the old point, so that each direction is linear in the samples: SABA redu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,11 @@ class SOBA(Method):
     product with each a step. Has no bias.
 
     Args:
-        problem: The problem, without prox and constraint.
+        problem: The problem; of its optional parts `project_upper`.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables.
         step: gamma, of x.
         step_lower: rho, of y and q; below ``2 / L_f``.
-        project_upper: None, or ``fn(x) -> like x``.
 
     ``infeasibility`` is ``|grad_y f(x, y)|``.
 
@@ -71,9 +70,8 @@ class SOBA(Method):
         *,
         step: float | Schedule = Power(0.1, -0.5),
         step_lower: float | Schedule = Power(0.1, -0.5),
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, project_upper=project_upper)
+        super().__init__(problem, x, y)
         self.gamma, self.rho = as_schedule("step", step), as_schedule("step_lower", step_lower)
         self.state["q"] = torch.zeros_like(self.state["y"])
 
@@ -107,14 +105,14 @@ class SABA(SOBA):
     of each for the upper level.
 
     Args:
-        problem: The problem, without prox and constraint, whose objectives are those of a block.
+        problem: The problem; of its optional parts `project_upper`. Its objectives are those of a
+            block.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables.
         upper_blocks: Number of blocks of the upper data.
         lower_blocks: Number of blocks of the lower data.
         step: gamma, of x.
         step_lower: rho, of y and q.
-        project_upper: None, or ``fn(x) -> like x``.
 
     Raises:
         ValueError: For bad input, naming the argument.
@@ -152,9 +150,8 @@ class SABA(SOBA):
         lower_blocks: int,
         step: float | Schedule = Constant(0.1),
         step_lower: float | Schedule = Constant(0.1),
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, step=step, step_lower=step_lower, project_upper=project_upper)
+        super().__init__(problem, x, y, step=step, step_lower=step_lower)
         self.blocks = {
             "upper": check_count("upper_blocks", upper_blocks),
             "lower": check_count("lower_blocks", lower_blocks),
@@ -166,12 +163,15 @@ class SABA(SOBA):
             self.state[f"{level}_table"] = self.state["y"].new_zeros(self.blocks[level], width)
             self.state[f"{level}_mean"] = self.state["y"].new_zeros(width)
 
-    def step(self, upper_batch: Any = None, lower_batch: Any = None) -> StepStats:
+    def step(
+        self, upper_batch: Any = None, lower_batch: Any = None, *, blocks: Tensor | Sequence[int] | None = None
+    ) -> StepStats:
         """Takes one step.
 
         Args:
             upper_batch: ``(i, batch)``: the number of the block, and what the upper objective gets.
             lower_batch: ``(j, batch)``.
+            blocks: None: these blocks of data are no blocks of the problem.
 
         Returns:
             :class:`StepStats` of the point the step started from, on these blocks.
@@ -181,17 +181,27 @@ class SABA(SOBA):
         """
         batches = []
         for level, pair in (("upper", upper_batch), ("lower", lower_batch)):
-            blocks = self.blocks[level]
+            count = self.blocks[level]
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise ValueError(f"{level}_batch: expected a pair (block, batch), got {type(pair).__name__}")
-            if not 0 <= int(pair[0]) < blocks:
-                raise ValueError(f"{level}_batch: expected a block from 0 to {blocks - 1}, got {int(pair[0])}")
+            if not 0 <= int(pair[0]) < count:
+                raise ValueError(f"{level}_batch: expected a block from 0 to {count - 1}, got {int(pair[0])}")
             self._index[level] = int(pair[0])
             batches.append(pair[1])
-        stats = super().step(*batches)
+        self._old: dict[str, Tensor] = {}
+        return super().step(*batches, blocks=blocks)
+
+    def _update(self, at: Evaluation, k: int) -> Seen:
+        seen = super()._update(at, k)
         for level, i in self._index.items():
-            self.state[f"{level}_table"][i] = self._row[level]  # in place: nobody else holds it
-        return stats
+            table = self.state[f"{level}_table"]
+            self._old[level] = table[i].clone()
+            table[i] = self._row[level]  # in place: nobody else holds it
+        return seen
+
+    def _undo(self) -> None:
+        for level, row in self._old.items():
+            self.state[f"{level}_table"][self._index[level]] = row
 
     def _reduced(self, level: str, *directions: Tensor) -> tuple[Tensor, ...]:
         now, i = torch.cat(directions), self._index[level]

@@ -29,9 +29,8 @@ class TwinMethod(Method):
         *,
         inner_steps: int,
         momentum: float | Schedule | None,
-        project_upper: Callable[[Any], Any] | None,
     ) -> None:
-        super().__init__(problem, x, y, project_upper=project_upper)
+        super().__init__(problem, x, y)
         self.inner_steps = check_count("inner_steps", inner_steps)
         self.momentum = None if momentum is None else as_schedule("momentum", momentum)
         self.state["z"] = self.state["y"].clone()

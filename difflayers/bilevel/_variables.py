@@ -8,6 +8,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from difflayers._checks import check_same, check_shape, check_tensor
 from difflayers.implicit._problem import _leaf_names
@@ -16,17 +17,28 @@ from difflayers.implicit._problem import _leaf_names
 class Variables:
     """What one level decides.
 
-    Of a module these are the parameters that require a gradient, each once, however many places share it.
+    Of a module these are the parameters that require a gradient, each once, however many places share it. With blocks
+    every leaf is of shape ``(m, ...)``, and in place of a vector there is a matrix of one row a block; `join` and
+    `split` also take the rows of some blocks alone.
 
     Attributes:
         module: The module, or None.
         names: Names of the leaves, for messages; of a module, the keys of its presentation.
         leaves: The tensors as they came.
+        blocks: The number of blocks, or None.
+        group: The process group that a DistributedDataParallel brought along, or None. Its module is the one inside.
     """
 
-    def __init__(self, argument: str, tree: Any) -> None:
-        self.argument = argument
+    def __init__(self, argument: str, tree: Any, blocks: int | None = None) -> None:
+        self.argument, self.blocks, self.group = argument, blocks, None
+        if isinstance(tree, DistributedDataParallel):
+            tree, self.group = tree.module, tree.process_group
         self.module = tree if isinstance(tree, nn.Module) else None
+        if self.module is not None and blocks is not None:
+            raise ValueError(
+                f"{argument}: expected a tensor or a pytree of tensors with blocks, got {type(tree).__name__} (see "
+                "torch.func.stack_module_state)"
+            )
         if self.module is not None:
             named = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
             self.names, self.leaves = list(named), list(named.values())
@@ -48,10 +60,16 @@ class Variables:
         check_same(zip(labels, self.leaves, strict=True))
         self.shapes = [leaf.shape for leaf in self.leaves]
         self.sizes = [leaf.numel() for leaf in self.leaves]
+        if blocks is not None:
+            for label, shape in zip(labels, self.shapes, strict=True):
+                if shape[:1] != (blocks,):
+                    raise ValueError(f"{label}: expected shape ({blocks}, ...), a row a block, got {tuple(shape)}")
+            self.shapes = [shape[1:] for shape in self.shapes]
+            self.sizes = [size // blocks for size in self.sizes]
 
     @property
     def size(self) -> int:
-        """How many numbers they are."""
+        """How many numbers they are, in each block."""
         return sum(self.sizes)
 
     def constants(self, wanted: bool = True) -> list[Tensor]:
@@ -61,13 +79,17 @@ class Variables:
 
     def join(self, leaves: Sequence[Tensor]) -> Tensor:
         """Leaves to one vector."""
-        flat = [leaf.reshape(-1) for leaf in leaves]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
+        if self.blocks is None:
+            flat = [leaf.reshape(-1) for leaf in leaves]
+        else:
+            flat = [leaf.reshape(len(leaf), size) for leaf, size in zip(leaves, self.sizes, strict=True)]
+        return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """One vector to leaves."""
-        parts = [vector] if len(self.sizes) == 1 else vector.split(self.sizes)
-        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        parts = [vector] if len(self.sizes) == 1 else vector.split(self.sizes, -1)
+        rows = () if self.blocks is None else vector.shape[:1]
+        return [part.reshape((*rows, *shape)) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def tree(self, leaves: Sequence[Tensor]) -> Any:
         """Leaves in the structure of the user; a dict from names to tensors for a module."""
@@ -86,13 +108,13 @@ class Variables:
                 raise ValueError(f"{argument}: expected tensors named {self.names}, got {list(tree)}")
             leaves = list(tree.values())
         else:
-            other = Variables(argument, tree)
+            other = Variables(argument, tree, self.blocks)
             leaves = other.leaves
             if (other.module is None) != (self.module is None) or (self.module is None and other.spec != self.spec):
                 raise ValueError(f"{argument}: expected the structure of `{self.argument}`, got another one")
         first = self.leaves[0]
-        for label, leaf, shape in zip(self.labels, leaves, self.shapes, strict=True):
-            check_shape(argument, leaf.shape, shape, f" as {label} has")
+        for label, leaf, own in zip(self.labels, leaves, self.leaves, strict=True):
+            check_shape(argument, leaf.shape, own.shape, f" as {label} has")
         return self.join([leaf.detach().to(first) for leaf in leaves])
 
 

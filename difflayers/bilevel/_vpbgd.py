@@ -6,8 +6,7 @@ r"""Penalty-based gradient descent on both levels at once: the penalty is the lo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,6 +18,8 @@ from ._schedules import Constant, Schedule, as_schedule
 class _Penalised(Method):
     """A joint projected gradient step on ``scale (F + gamma p)``."""
 
+    takes: ClassVar[frozenset[str]] = frozenset({"project_upper", "project_joint"})
+
     def __init__(
         self,
         problem: Bilevel,
@@ -28,11 +29,12 @@ class _Penalised(Method):
         penalty: float | Schedule,
         step: float | Schedule,
         ratio: float,
-        project_upper: Callable[[Any], Any] | None,
     ) -> None:
-        super().__init__(problem, x, y, project_upper=project_upper)
+        super().__init__(problem, x, y)
         self.penalty, self.alpha = as_schedule("penalty", penalty), as_schedule("step", step)
         self.ratio = check_ratio(ratio)
+        if problem.project_joint is not None and self.ratio != 1:
+            raise ValueError(f"ratio: expected 1 with project_joint, got {ratio}")
 
     def _joint_step(self, k: int, in_x: Tensor, in_y: Tensor) -> Tensor:
         """Moves both along a direction; the norm of what came of it, divided by the step."""
@@ -40,8 +42,11 @@ class _Penalised(Method):
         gamma = self.penalty(k)
         scale = 1 / max(gamma, 1.0)
         step = self.alpha(k) * scale
-        x_next = self._onto_upper(x - step * self.ratio * in_x)
-        y_next = self._prox(y - step * in_y, x_next, step * gamma)
+        if self.problem.project_joint is not None:
+            x_next, y_next = self._onto_joint(x - step * in_x, y - step * in_y)
+        else:
+            x_next = self._onto_upper(x - step * self.ratio * in_x)
+            y_next = self._prox(y - step * in_y, x_next, step * gamma)
         self.state.update(x=x_next, y=y_next)
         return norm((x - x_next) / self.ratio, y - y_next) / step
 
@@ -49,15 +54,16 @@ class _Penalised(Method):
 class VPBGD(_Penalised):
     r"""Gradient descent on the upper objective plus a multiple of the lower gap.
 
-    Solves ``min_{x in X} upper(x, y)`` over the lower solutions y in Y, where `prox_lower` of the problem is the
-    projection onto Y. In each step, `inner_steps` times ``omega -= beta grad_y f(x, omega)``, then x and y together
+    Solves ``min_{x in X} upper(x, y)`` over the lower solutions y in Y, where `project_lower` of the problem is
+    the projection onto Y. In each step, `inner_steps` times ``omega -= beta grad_y f(x, omega)``, then x and y together
     descend ``F + gamma (f(x, y) - f(x, omega))``, omega held constant; the loss is multiplied by ``min(1 / gamma, 1)``.
 
     The minimiser of the penalised objective is approached: for a strongly convex lower objective its distance to the
     optimum is a multiple of ``1 / gamma``, and the upper objective may be *below* the optimum.
 
     Args:
-        problem: The problem, without constraint. Its prox may not depend on x.
+        problem: The problem; of its optional parts `project_upper`, and `project_lower` or `prox_lower`, that may not
+            depend on x; or `project_joint` for x and y, with `project_lower` for omega.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables; start of omega too.
         penalty: gamma.
@@ -65,7 +71,6 @@ class VPBGD(_Penalised):
         step_lower: beta, of omega; below ``2 / L_f``.
         ratio: Of the step of x to that of y: gradients in x may be of another size altogether.
         inner_steps: Steps of omega for each of x and y.
-        project_upper: None, or ``fn(x) -> like x``, the projection onto X.
 
     ``infeasibility`` is ``f(x, y) - f(x, omega)``, below zero while omega lags behind.
 
@@ -93,7 +98,7 @@ class VPBGD(_Penalised):
     40 000 steps.
     """
 
-    takes_prox = True
+    takes: ClassVar[frozenset[str]] = frozenset({"prox_lower", "project_lower", "project_upper", "project_joint"})
 
     def __init__(
         self,
@@ -106,9 +111,8 @@ class VPBGD(_Penalised):
         step_lower: float | Schedule = Constant(0.1),
         ratio: float = 1.0,
         inner_steps: int = 1,
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, penalty=penalty, step=step, ratio=ratio, project_upper=project_upper)
+        super().__init__(problem, x, y, penalty=penalty, step=step, ratio=ratio)
         self.beta, self.inner_steps = as_schedule("step_lower", step_lower), check_count("inner_steps", inner_steps)
         self.state["omega"] = self.state["y"].clone()
 
@@ -131,13 +135,12 @@ class GPBGD(_Penalised):
     The bias is as that of :class:`VPBGD`.
 
     Args:
-        problem: The problem, without prox and constraint; f is twice differentiable.
+        problem: The problem; of its optional parts `project_upper` or `project_joint`.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables.
         penalty: gamma.
         step: alpha, of x and y on the multiplied loss.
         ratio: Of the step of x to that of y: gradients in x may be of another size altogether.
-        project_upper: None, or ``fn(x) -> like x``, the projection onto X.
 
     ``infeasibility`` is ``|grad_y f(x, y)|``.
 
@@ -171,9 +174,8 @@ class GPBGD(_Penalised):
         penalty: float | Schedule = Constant(10.0),
         step: float | Schedule = Constant(0.05),
         ratio: float = 1.0,
-        project_upper: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(problem, x, y, penalty=penalty, step=step, ratio=ratio, project_upper=project_upper)
+        super().__init__(problem, x, y, penalty=penalty, step=step, ratio=ratio)
 
     def _update(self, at: Evaluation, k: int) -> Seen:
         x, y = self.state["x"], self.state["y"]

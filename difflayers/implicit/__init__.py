@@ -12,15 +12,19 @@ torch.Size([2, 2])
 
 from difflayers._solution import Info, Status
 
+from ._accelerated_proximal_gradient import AcceleratedProximalGradient
 from ._adjoints import Implicit, Neumann, OneStep, Unrolled
 from ._anderson import Anderson
 from ._argmin import argmin, argmin_ex
 from ._bisection import Bisection
+from ._constraints import ConstrainedSolution, Equality, Inequality, Projection, Prox
 from ._engine import solution_map, solution_map_ex
 from ._envelope import envelope
 from ._fixed_point import fixed_point, fixed_point_ex
 from ._fixed_point_module import FixedPoint
+from ._from_torchopt import FromTorchOpt
 from ._implicit_problem import ImplicitProblem
+from ._interior_point import InteriorPoint
 from ._iterate import IterativeSolver, Step
 from ._lbfgs import LBFGS
 from ._levenberg_marquardt import LevenbergMarquardt
@@ -32,20 +36,28 @@ from ._warm_start import WarmStart
 
 __all__ = [
     "LBFGS",
+    "AcceleratedProximalGradient",
     "Anderson",
     "Bisection",
+    "ConstrainedSolution",
+    "Equality",
     "Exact",
     "FixedPoint",
+    "FromTorchOpt",
     "GaussNewton",
     "Implicit",
     "ImplicitProblem",
+    "Inequality",
     "Info",
+    "InteriorPoint",
     "IterativeSolver",
     "LevenbergMarquardt",
     "Neumann",
     "Newton",
     "OneStep",
     "Picard",
+    "Projection",
+    "Prox",
     "Status",
     "Step",
     "Unrolled",

@@ -83,20 +83,33 @@ class OneStep:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Autograd through exactly `max_steps` masked solver steps; memory grows with them.
+    """Autograd through exactly `max_steps` masked solver steps; memory grows with them, or with their square root.
 
     The derivative of the iterate that was returned, not of the solution, with step lengths held constant. Finished
     elements stop changing.
 
     Args:
         max_steps: Number of steps.
+        checkpoint: Steps of a segment that is recomputed in the backward pass, of which only the start is kept. True:
+            about the square root of `max_steps`, which keeps the least. False: every step is kept. The gradient is the
+            same. Under transforms of ``torch.func`` and in forward mode every step is kept.
     """
 
     max_steps: int
+    checkpoint: bool | int = False
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ValueError(f"max_steps: expected at least 1, got {self.max_steps}")
+        if not isinstance(self.checkpoint, bool | int) or self.checkpoint < 0 or self.segment == 0:
+            raise ValueError(f"checkpoint: expected a bool or a number of steps of at least 1, got {self.checkpoint!r}")
+
+    @property
+    def segment(self) -> int | None:
+        """Steps of a segment; None where nothing is recomputed."""
+        if isinstance(self.checkpoint, bool):
+            return math.isqrt(self.max_steps - 1) + 1 if self.checkpoint else None
+        return self.checkpoint
 
 
 Adjoint = Implicit | Neumann | OneStep | Unrolled
@@ -131,6 +144,19 @@ class NeumannSeries(LinearSolver):
 
     terms: int
     step: float | None = None
+
+    @property
+    def remedy(self) -> str:  # type: ignore[override]
+        """Names the step, and what it must be."""
+        if self.step is None:
+            return (
+                "the series moves away from the solution with the step it estimated (step=None): the Jacobian is not "
+                "positive definite, or its symmetric part is not; use adjoint=Implicit()."
+            )
+        return (
+            f"the series moves away from the solution with step={self.step:g}: expected less than 2 over the largest "
+            "eigenvalue of a positive definite Jacobian; step=None estimates it."
+        )
 
     def solve(
         self, system: LinearSystem, params: Params, factors: Params, rhs: Tensor, transpose: bool, init: Tensor | None
@@ -206,6 +232,11 @@ class Damped(LinearSolver):
     def factor_ndims(self) -> tuple[int, ...]:  # type: ignore[override]
         """Those of the solver inside."""
         return self.inner.factor_ndims
+
+    @property
+    def remedy(self) -> str:  # type: ignore[override]
+        """That of the solver inside."""
+        return self.inner.remedy
 
     def _damped(self, system: LinearSystem) -> LinearSystem:
         return _DampedSystem(

@@ -38,6 +38,7 @@ from difflayers.linalg._autodiff import (
     forward_mode,
     jvp_where,
     opaque,
+    physical,
     plain_forward,
     primal,
     quick_apply,
@@ -194,6 +195,9 @@ class SolutionMap(torch.autograd.Function):
         value, masked, factors, args = SolutionMap.unpack(ctx)
         heard = listening(ctx.listeners) if ctx.listeners else contextlib.nullcontext()
         with heard, autocast_off(value):
+            if not (physical(value).numel() and physical(g).numel()):  # torch's vmap trips over functions of nothing
+                picked = zip(ctx.needs_input_grad[2:], args, strict=True)
+                return (None, None, *(torch.zeros_like(a) if n and a.is_floating_point() else None for n, a in picked))
             residual, written = ctx.task.problem.residual, ctx.task.problem.cotangents
             wanted = [n and a.is_floating_point() for n, a in zip(ctx.needs_input_grad[2:], args, strict=True)]
             if torch.is_grad_enabled() or transforms_active() or g.numel() == 0:
@@ -214,6 +218,8 @@ class SolutionMap(torch.autograd.Function):
     def jvp(ctx: Any, _task: Any, _init: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         with forward_mode(), listening(ctx.listeners), autocast_off(next(t for t in tangents if t is not None)):
             value, masked, factors, args = SolutionMap.unpack(ctx, primal)
+            if not physical(value).numel():
+                return (torch.zeros_like(value), *([None] * (3 + ctx.task.own_factors)))
             moved = jvp_where(lambda *a: ctx.task.problem.residual(value, *a), args, [primal(t) for t in tangents])
             if moved is None:
                 moved = torch.zeros_like(value)

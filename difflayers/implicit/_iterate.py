@@ -199,15 +199,26 @@ class _Stored(NamedTuple):
         )
 
 
-def unroll(solver: IterativeSolver, function: Function, z: Tensor, max_steps: int) -> tuple[Tensor, Info]:
-    """Exactly `max_steps` steps under autograd, never stopping on data; finished elements keep their value."""
+class Progress(NamedTuple):
+    """Where an unrolled solve stands between two steps."""
+
+    z: Tensor
+    state: Any
+    active: Tensor
+    steps: Tensor
+    status: Tensor
+    result: Tensor | None = None
+    error: Tensor | None = None
+    floor: Tensor | None = None
+
+
+def advance(solver: IterativeSolver, function: Function, at: Progress, start: int, stop: int) -> Progress:
+    """The steps from `start` to `stop` under autograd; finished elements keep their value."""
+    z, state, active, steps, status, result, error, floor = at
     rtol = default_rtol(solver.rtol, z.dtype)
-    state = solver.start(function, z)
-    floor = result = error = None
-    active = torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device)
-    steps = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
-    status = steps
-    for k in range(max_steps):
+    if start == 0:
+        state = solver.start(function, z)
+    for k in range(start, stop):
         s = solver.step(function, z, state, k)
         now = s._replace(error=s.error.detach(), scale=s.scale.detach())
         now = now._replace(error=_lost_in_scale(now))
@@ -222,9 +233,25 @@ def unroll(solver: IterativeSolver, function: Function, z: Tensor, max_steps: in
         # a finished element stays where it is: its unused steps are finite, and so are their zero gradients
         z = torch.where(active.unsqueeze(-1), s.z, result.detach())
         state = s.state
-    assert result is not None and error is not None
-    status = torch.where(active, int(Status.MAX_STEPS), status)
-    return result, Info(_not_finite(status, error), steps, error.to(z.dtype))
+    return Progress(z, state, active, steps, status, result, error, floor)
+
+
+def before_first(z: Tensor) -> Progress:
+    """No step taken."""
+    steps = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
+    return Progress(z, None, torch.ones(z.shape[:-1], dtype=torch.bool, device=z.device), steps, steps)
+
+
+def report(at: Progress) -> tuple[Tensor, Info]:
+    """The result of an unrolled solve."""
+    assert at.result is not None and at.error is not None
+    status = torch.where(at.active, int(Status.MAX_STEPS), at.status)
+    return at.result, Info(_not_finite(status, at.error), at.steps, at.error.to(at.z.dtype))
+
+
+def unroll(solver: IterativeSolver, function: Function, z: Tensor, max_steps: int) -> tuple[Tensor, Info]:
+    """Exactly `max_steps` steps under autograd, never stopping on data; finished elements keep their value."""
+    return report(advance(solver, function, before_first(z), 0, max_steps))
 
 
 def size(z: Tensor) -> Tensor:

@@ -92,7 +92,12 @@ class LBFGS(IterativeSolver):
         lower = torch.where(decrease & ~accept, s.t, s.lower)
         # while it goes down without an end, ever faster: an objective without a bottom reaches minus infinity in time
         longer = s.t * torch.where(s.lower > 0, 10.0, 2.0).to(z.dtype)
-        retry = torch.where(torch.isinf(upper), longer, (lower + upper) / 2)
+        # before any curvature is known a trial may be too long by many orders: then where the slopes at its ends aim
+        between = s.t * (slope / (slope - slope_trial)).detach()
+        visible = 16 * torch.finfo(z.dtype).eps * size(z.detach()) / size(s.p.detach())  # not lost in rounding
+        between = torch.maximum(between, visible)
+        aimed = (s.rho == 0).all(-1) & (slope_trial > 0) & (between > lower) & (between < (lower + upper) / 2)
+        retry = torch.where(torch.isinf(upper), longer, torch.where(aimed, between, (lower + upper) / 2))
 
         pair_s, pair_y = s.t.unsqueeze(-1) * s.p, g - s.g
         product = (pair_s * pair_y).sum(-1)

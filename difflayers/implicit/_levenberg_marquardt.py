@@ -24,10 +24,11 @@ def jacobian(function: Function, z: Tensor) -> tuple[Tensor, Tensor]:
     if m < n:
         r, pull = pullback(function, z)
         eye = torch.eye(m, dtype=z.dtype, device=z.device)
-        return r, vmap(lambda e: pull(e.expand_as(r))[0], out_dims=-2)(eye)
+        return r, vmap(lambda e: pull(e.expand_as(r))[0])(eye).movedim(0, -2)
     r, push = linearise(function, z)
     eye = torch.eye(n, dtype=z.dtype, device=z.device)
-    return r, vmap(lambda e: push(e.expand_as(z)), out_dims=-1)(eye)
+    # out_dims=-1 brings torch down where the result does not depend on e
+    return r, vmap(lambda e: push(e.expand_as(z)))(eye).movedim(0, -1)
 
 
 def half_square(function: Function) -> Function:

@@ -9,20 +9,35 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, compute_dtype
+from difflayers._checks import broadcast_batch, check_same, check_shape, compute_dtype
 from difflayers._solution import Info, OnFailure, Solution, check_policy
 from difflayers.linalg._autodiff import autocasting, forward_mode, opaque, transforms_active
 from difflayers.linalg._captured import Seen, gradients_wanted, refuse_coupling, refuse_held, refuse_probed, refuse_seen
 
-from ._adjoints import Adjoint, OneStep, Unrolled
+from ._accelerated_proximal_gradient import AcceleratedProximalGradient
+from ._adjoints import Adjoint, Implicit, OneStep, Unrolled
+from ._arguments import Arguments, Unknown, check_output_dtype, check_output_tensor
+from ._arguments import _leaf_names as _leaf_names
+from ._composite import Composite, composite_kind
+from ._constraints import (
+    ConstrainedSolution,
+    Layout,
+    Projection,
+    Prox,
+    flat_map,
+    join_conditions,
+    refuse_capturing,
+    split_constraint,
+)
 from ._engine import SolutionMap, Task
 from ._implicit_problem import ImplicitProblem
+from ._interior_point import InteriorPoint
 from ._iterate import Function, IterativeSolver
+from ._kkt import KKTFactorisation, kkt_kind
 from ._unrolled import solve_unrolled
 
 _uncoupled = Seen()
@@ -41,6 +56,8 @@ class Kind:
         like_unknown: The function returns the structure of the unknown.
         symmetric: The Jacobian of the residual is symmetric.
         one_step: The residual is ``z - T(z)``, so that the identity may stand for its Jacobian.
+        run: ``(solver, adapt, function(z), init) -> (value, info)``, where the value is more than the unknown.
+        default: The solver where none is given.
     """
 
     name: str
@@ -51,6 +68,8 @@ class Kind:
     like_unknown: bool = True
     symmetric: bool = False
     one_step: bool = False
+    run: Callable[..., tuple[Tensor, Info]] | None = None
+    default: IterativeSolver | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,15 +98,29 @@ class InnerProblem(ImplicitProblem):
 
         def solve(init: Tensor, *args: Tensor) -> tuple[Tensor, Info, tuple[Tensor, ...]]:
             args = tuple(a.detach() for a in args)
-            at = lambda z: function(z, *args)  # noqa: E731
+            at = bind(function, args)
             init, watched = init.detach().clone(), at  # a solve that ends where it starts returns no alias
-            if check_capture:
+            if check_capture and init.numel():
                 watched = _watch_first(at, kind.argument, args)
                 if not kind.like_unknown:  # the solver sees derivatives of it, where nothing could be told
                     watched(init)
                     watched = at
-            value, info = solver.solve(kind.adapt[solver.finds](watched), init)
-            looked = options.get("check_coupling") and refuse_coupling(at, value, "event_ndim", kind.argument)
+                if isinstance(at, Composite):
+                    _watch_first(at.prox, "constraint", args)(init, torch.ones_like(init[..., 0]))
+            adapt = kind.adapt[solver.finds]
+            if kind.run is None:
+                value, info = solver.solve(adapt(watched), init)
+            else:
+                value, info = kind.run(solver, adapt, watched, init)
+            found = value[..., : init.shape[-1]]
+            looked = (
+                options.get("check_coupling")
+                and found.numel() > 0
+                and refuse_coupling(at, found, "event_ndim", kind.argument)
+            )
+            if looked and isinstance(at, Composite):
+                one = torch.ones_like(found[..., 0])
+                refuse_coupling(lambda z: at.prox(z, one), found, "event_ndim", "constraint")
             if looked:
                 _uncoupled.remember(*user_function)
             return value, info, ()
@@ -112,7 +145,7 @@ class InnerProblem(ImplicitProblem):
     def lift(self, in_dims: tuple[int | None, ...]) -> InnerProblem:
         return InnerProblem.make(
             self.kind,
-            vmap(self.function, in_dims=(0, *in_dims)),
+            lift(self.function, in_dims),
             self.solver,
             self.curvature,
             self.user_function,
@@ -124,176 +157,44 @@ class InnerProblem(ImplicitProblem):
         )
 
 
+def bind(function: Any, tensors: Sequence[Tensor]) -> Any:
+    """`function` at given arguments."""
+    return function.bind(tensors) if isinstance(function, Composite) else lambda z: function(z, *tensors)
+
+
+def lift(function: Any, in_dims: tuple[int | None, ...]) -> Any:
+    """`function` under one more ``vmap``."""
+    return function.lift(in_dims) if isinstance(function, Composite) else vmap(function, in_dims=(0, *in_dims))
+
+
 def same(function: Function) -> Function:
     """For solvers that work on the function as it is."""
     return function
 
 
-def _watch_first(function: Function, argument: str, args: Sequence[Tensor]) -> Function:
+def _watch_first(function: Callable[..., Tensor], argument: str, args: Sequence[Tensor]) -> Callable[..., Tensor]:
     """`function`, first evaluated under grad mode on constants: a result with a gradient captured something.
 
     What it is given must be left alone, too: the solver still needs the iterate, and the caller the arguments.
     """
     fresh = True
 
-    def watched(z: Tensor) -> Tensor:
+    def watched(*inputs: Tensor) -> Tensor:
         nonlocal fresh
         if not fresh:
-            return function(z)
+            return function(*inputs)
         fresh = False
-        versions = [t._version for t in (z, *args)]
+        versions = [t._version for t in (*inputs, *args)]
         with torch.enable_grad(), forward_mode():
-            out = function(z)
+            out = function(*inputs)
             refuse_seen([out], argument)
-        if versions != [t._version for t in (z, *args)]:
+        if versions != [t._version for t in (*inputs, *args)]:
             raise ValueError(
                 f"{argument}: expected a function that leaves its arguments alone, got one that writes into them"
             )
         return out.detach()
 
     return watched
-
-
-class Unknown:
-    """The unknown's pytree and its flat form ``(*batch, n)``."""
-
-    def __init__(self, tree: Any, event_ndim: int) -> None:
-        leaves, self.spec = optree.tree_flatten(tree)
-        if not leaves:
-            raise ValueError("init: expected a tensor or a pytree of tensors, got an empty tree")
-        if event_ndim < 0:
-            raise ValueError(f"event_ndim: expected at least 0, got {event_ndim}")
-        names = ["init"] if len(leaves) == 1 and self.spec.is_leaf() else _leaf_names(tree, "init")
-        for name, leaf in zip(names, leaves, strict=True):
-            check_tensor(name, leaf, min_ndim=event_ndim)
-        check_same(zip(names, leaves, strict=True))
-        self.leaves: list[Tensor] = leaves
-        self.dtype = leaves[0].dtype
-        self.event_ndim = event_ndim
-        self.events = [leaf.shape[leaf.ndim - event_ndim :] for leaf in leaves]
-        self.sizes = [event.numel() for event in self.events]
-        self.batch = broadcast_batch(
-            (name, tuple(leaf.shape[: leaf.ndim - event_ndim])) for name, leaf in zip(names, leaves, strict=True)
-        )
-        self.plain = self.spec.is_leaf() and event_ndim == 1
-
-    def start(self, batch: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The given values as the solver's start."""
-        leaves = [
-            leaf.detach().to(dtype).expand((*batch, *e)) for leaf, e in zip(self.leaves, self.events, strict=True)
-        ]
-        return leaves[0] if self.plain else self.join(leaves, batch)
-
-    def forget(self) -> None:
-        """Lets go of the values: the graph keeps what it needs of them itself."""
-        self.leaves = []
-
-    def join(self, leaves: Sequence[Tensor], batch: tuple[int, ...]) -> Tensor:
-        """Leaves to one vector per element."""
-        flat = [leaf.reshape((*batch, size)) for leaf, size in zip(leaves, self.sizes, strict=True)]
-        return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
-
-    def split(self, z: Tensor) -> Any:
-        """One vector per element back to the user's tree."""
-        if self.plain:
-            return z
-        parts = [z] if len(self.sizes) == 1 else z.split(self.sizes, -1)
-        batch = z.shape[:-1]
-        return self.spec.unflatten([p.reshape((*batch, *e)) for p, e in zip(parts, self.events, strict=True)])
-
-    def check_output(self, out: Any, z: Tensor, argument: str) -> Tensor:
-        """The function's output as one vector per element, or a ``ValueError`` that says what differs."""
-        if self.plain and isinstance(out, Tensor):
-            if out.shape != z.shape:
-                check_shape(f"{argument} output", out.shape, z.shape, " as the unknown has")
-            leaves = [out]
-        else:
-            leaves, spec = optree.tree_flatten(out)
-            if spec != self.spec:
-                raise ValueError(f"{argument} output: expected the structure of `init`, {self.spec}, got {spec}")
-            for leaf, event in zip(leaves, self.events, strict=True):
-                _check_output_tensor(leaf, argument)
-                check_shape(f"{argument} output", leaf.shape, (*z.shape[:-1], *event), " as the unknown has")
-        _check_output_dtype(leaves[0], z, argument)
-        return leaves[0] if self.plain else self.join(leaves, z.shape[:-1])
-
-
-def _check_output_tensor(out: Any, argument: str) -> None:
-    if not isinstance(out, Tensor):
-        raise ValueError(f"{argument} output: expected a tensor, got {type(out).__name__}")
-
-
-def _check_output_dtype(out: Tensor, z: Tensor, argument: str) -> None:
-    if out.dtype != z.dtype or out.device != z.device:
-        raise ValueError(
-            f"{argument} output: expected {z.dtype} on {z.device} as the unknown is, got {out.dtype} on {out.device}"
-        )
-
-
-def _leaf_names(tree: Any, prefix: str) -> list[str]:
-    return [
-        prefix + "".join(f"[{key!r}]" if isinstance(key, int | str) else f".{key}" for key in path)
-        for path in optree.tree_paths(tree)
-    ]
-
-
-class Arguments:
-    """The argument pytree and its flat tuple of tensors; Python numbers stay where they are."""
-
-    def __init__(self, args: Any, arg_ndims: Any) -> None:
-        if isinstance(args, Tensor) or not isinstance(args, tuple | list):
-            raise ValueError(f"args: expected a tuple of arguments, got {type(args).__name__}")
-        tree: Any = tuple(args)
-        leaves, self.spec = optree.tree_flatten(tree)
-        self.flat = flat = all(isinstance(a, Tensor) for a in tree)  # the common case needs no walk along paths
-        names = [f"args[{i}]" for i in range(len(tree))] if flat else _leaf_names(tree, "args")
-        self.leaves = leaves
-        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.names = tuple(names[i] for i in self.places)
-        self.tensors: list[Tensor] = [leaves[i] for i in self.places]
-        for name, leaf in zip(names, leaves, strict=True):
-            if isinstance(leaf, Tensor):
-                if not leaf.is_floating_point() and leaf.dtype != torch.bool:
-                    raise ValueError(
-                        f"{name}: expected a floating-point tensor, got {leaf.dtype} (indices may be captured: "
-                        "they carry no gradient)"
-                    )
-            elif not isinstance(leaf, bool | int | float):
-                raise ValueError(f"{name}: expected a tensor or a Python number, got {type(leaf).__name__}")
-        self.ndims: tuple[int, ...] | None = None
-        if arg_ndims is not None:
-            try:
-                prefix: Any = tuple(arg_ndims)
-                spread = optree.broadcast_prefix(prefix, tree)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"arg_ndims: expected the structure of `args` or a prefix of it: {error}") from None
-            self.ndims = tuple(spread[i] for i in self.places)
-            for name, t, k in zip(self.names, self.tensors, self.ndims, strict=True):
-                if t.ndim < k:
-                    raise ValueError(
-                        f"{name}: expected at least {k} dimensions (arg_ndims), got shape {tuple(t.shape)}"
-                    )
-
-    def batch(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Names and batch shapes of the arguments with declared dimensions."""
-        if self.ndims is None:
-            return []
-        return [(n, tuple(t.shape[: t.ndim - k])) for n, t, k in zip(self.names, self.tensors, self.ndims, strict=True)]
-
-    def forget(self) -> None:
-        """Lets go of the tensors: the graph keeps what it needs of them itself."""
-        self.tensors = []
-        for i in self.places:
-            self.leaves[i] = None
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
-        """The user's tree with these tensors in it."""
-        if self.flat:
-            return tensors
-        leaves = list(self.leaves)
-        for i, t in zip(self.places, tensors, strict=True):
-            leaves[i] = t
-        return self.spec.unflatten(leaves)
 
 
 @opaque
@@ -305,25 +206,20 @@ def solve_inner(
     *,
     event_ndim: int,
     arg_ndims: Any,
-    solver: IterativeSolver,
+    solver: IterativeSolver | None,
     adjoint: Adjoint,
     on_failure: OnFailure,
     curvature: Any = None,
+    constraint: Any = None,
 ) -> Solution[Any]:
     """Checks what came in, builds the problem, solves it, and gives the user's structure back."""
     check_policy(on_failure)
     if not callable(function):
         raise ValueError(f"{kind.argument}: expected a callable, got {type(function).__name__}")
-    if solver.finds not in kind.adapt:
-        raise ValueError(f"solver: expected one that finds a {' or '.join(kind.adapt)}, got {type(solver).__name__}")
-    if isinstance(adjoint, OneStep) and not kind.one_step:
-        raise ValueError(f"adjoint: expected Implicit, Neumann or Unrolled for {kind.name}, got OneStep()")
-    if isinstance(adjoint, Unrolled) and not solver.differentiable:
-        raise ValueError(f"adjoint: expected Implicit or Neumann for {type(solver).__name__}, got Unrolled")
     unknown, arguments = Unknown(init, event_ndim), Arguments(args, arg_ndims)
-    lift = autocasting(unknown.leaves[0])  # activations are halved there, weights are not
+    lifted = autocasting(unknown.leaves[0])  # activations are halved there, weights are not
     same_dtype = [("init", unknown.leaves[0]), *zip(arguments.names, arguments.tensors, strict=True)]
-    check_same((n, t.to(compute_dtype(t.dtype)) if lift else t) for n, t in same_dtype)
+    check_same((n, t.to(compute_dtype(t.dtype)) if lifted else t) for n, t in same_dtype)
     check_capture = gradients_wanted()
     if check_capture:
         refuse_held(function, kind.argument)
@@ -331,16 +227,24 @@ def solve_inner(
     dtype = compute_dtype(unknown.dtype)
     tensors = [t.to(dtype) if t.is_floating_point() else t for t in arguments.tensors]
     z = unknown.start(batch, dtype)
+    n = z.shape[-1]
     unknown.forget()
     arguments.forget()
-    flat = _flat_function(kind, function, unknown, arguments)
+    flat: Any = _flat_function(kind, function, unknown, arguments)
     if check_capture and transforms_active():
         refuse_probed(flat, (z, *tensors), kind.argument)
-    present = lambda v: unknown.split(v.to(unknown.dtype))  # noqa: E731
+    layout = None
+    if constraint is not None:
+        kind, flat, layout = _constrained(kind, flat, constraint, unknown, arguments, z, tensors, check_capture)
+    solver = solver or kind.default
+    if solver is None or solver.finds not in kind.adapt:
+        raise ValueError(f"solver: expected one that finds a {' or '.join(kind.adapt)}, got {type(solver).__name__}")
+    adjoint = _checked_adjoint(kind, adjoint, solver, layout)
+    present = lambda v: unknown.split(v[..., :n].to(unknown.dtype))  # noqa: E731
     if isinstance(adjoint, Unrolled):
         solution = solve_unrolled(
-            kind.name, kind.adapt[solver.finds], flat, z, tensors, solver, adjoint, on_failure, present,
-            arguments.names, arguments.ndims,
+            kind.name, kind.adapt[solver.finds], lambda tensors: bind(flat, tensors), z, tensors, solver, adjoint,
+            on_failure, present, arguments.names, arguments.ndims,
         )  # fmt: skip
     else:
         problem = InnerProblem.make(
@@ -355,12 +259,58 @@ def solve_inner(
             arg_names=arguments.names,
             check_coupling=torch.Size(batch).numel() > 1
             and not z.is_meta
-            and not _uncoupled.knows(function, (kind.name, event_ndim)),
+            and (constraint is not None or not _uncoupled.knows(function, (kind.name, event_ndim))),
         )
         task = Task(problem, on_failure, present)
         solution = Solution(*SolutionMap.apply(task, z, *tensors)[:4])
-    value = solution.value if dtype == unknown.dtype else solution.value.to(unknown.dtype)
-    return Solution(unknown.split(value), solution.status, solution.steps, solution.residual)
+    value = solution.value if solution.value.shape[-1] == n else solution.value[..., :n]
+    value = value if dtype == unknown.dtype else value.to(unknown.dtype)
+    report = (solution.status, solution.steps, solution.residual)
+    if layout is None:
+        return Solution(unknown.split(value), *report)
+    return ConstrainedSolution(unknown.split(value), *report, layout.multipliers(solution.value, unknown.dtype))
+
+
+def _constrained(
+    kind: Kind,
+    flat: Callable[..., Tensor],
+    constraint: Any,
+    unknown: Unknown,
+    arguments: Arguments,
+    z: Tensor,
+    tensors: Sequence[Tensor],
+    check_capture: bool,
+) -> tuple[Kind, Any, Layout | None]:
+    """The problem under a constraint: its kind, its flat functions, and where multipliers lie if there are any."""
+    (first, *_) = split_constraint(constraint)
+    if isinstance(first, Projection | Prox):
+        composite = Composite(flat, flat_map(first, unknown, arguments))
+        if check_capture:
+            refuse_capturing(constraint, [(composite.prox, (z, torch.ones_like(z[..., 0]), *tensors))])
+        return composite_kind(kind, AcceleratedProximalGradient()), composite, None
+    if check_capture:
+        refuse_capturing(constraint, [])
+    parts, layout = join_conditions(flat, constraint, unknown, arguments, z, tensors)
+    if check_capture:
+        refuse_capturing(constraint, [(parts, (z, *tensors))])
+    return kkt_kind(kind, layout, InteriorPoint()), parts, layout
+
+
+def _checked_adjoint(kind: Kind, adjoint: Adjoint, solver: IterativeSolver, layout: Layout | None) -> Adjoint:
+    """The adjoint, or a ``ValueError`` where it does not fit."""
+    if layout is not None:
+        if not isinstance(adjoint, Implicit) or adjoint.damping:
+            got = f"damping={adjoint.damping}" if isinstance(adjoint, Implicit) else type(adjoint).__name__
+            raise ValueError(
+                "adjoint: expected Implicit without damping under an equality or inequality (the KKT matrix is not "
+                f"definite), got {got}"
+            )
+        return adjoint if adjoint.linear_solver is not None else Implicit(KKTFactorisation(layout.n, layout.p))
+    if isinstance(adjoint, OneStep) and not kind.one_step:
+        raise ValueError(f"adjoint: expected Implicit, Neumann or Unrolled for {kind.name}, got OneStep()")
+    if isinstance(adjoint, Unrolled) and not solver.differentiable:
+        raise ValueError(f"adjoint: expected Implicit or Neumann for {type(solver).__name__}, got Unrolled")
+    return adjoint
 
 
 def _flat_function(
@@ -372,8 +322,8 @@ def _flat_function(
         out = function(unknown.split(z), *arguments.rebuild(tensors))
         if kind.like_unknown:
             return unknown.check_output(out, z, kind.argument)
-        _check_output_tensor(out, kind.argument)
-        _check_output_dtype(out, z, kind.argument)
+        check_output_tensor(out, kind.argument)
+        check_output_dtype(out, z, kind.argument)
         batch = z.shape[:-1]
         if kind.scalar:
             check_shape(f"{kind.argument} output", out.shape, batch, ", one number per batch element,")

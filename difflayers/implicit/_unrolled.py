@@ -16,12 +16,14 @@ from difflayers.linalg._autodiff import (
     forward_mode,
     primal,
     quick_apply,
+    transforms_active,
 )
 from difflayers.linalg._grads_batched import batched_backward
 from difflayers.linalg._system import harmless, mask_failed
 
 from ._adjoints import Unrolled
-from ._iterate import Function, IterativeSolver, unroll
+from ._checkpoint import unroll_in_segments
+from ._iterate import IterativeSolver, unroll
 
 
 @quick_apply
@@ -68,8 +70,8 @@ class _Settle(torch.autograd.Function):
 
 def solve_unrolled(
     name: str,
-    adapt: Callable[[Function], Function],
-    flat: Callable[..., Tensor],
+    adapt: Callable[[Any], Any],
+    bound: Callable[[Sequence[Tensor]], Any],
     z: Tensor,
     tensors: Sequence[Tensor],
     solver: IterativeSolver,
@@ -82,7 +84,11 @@ def solve_unrolled(
     """Runs ``adjoint.max_steps`` steps under autograd and applies the failure policy to where they end."""
 
     def run(z: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Info]:
-        return unroll(solver, adapt(lambda z: flat(z, *tensors)), z, adjoint.max_steps)
+        length = adjoint.segment
+        # inside a transform of torch.func every step is kept: it records what it differentiates itself
+        if length is None or length >= adjoint.max_steps or transforms_active() or not torch.is_grad_enabled():
+            return unroll(solver, adapt(bound(tensors)), z, adjoint.max_steps)
+        return unroll_in_segments(solver, lambda t: adapt(bound(t)), z, tensors, adjoint.max_steps, length)
 
     with autocast_off(z):
         value, info = run(z, tensors)

@@ -228,11 +228,17 @@ def physical(t: Tensor) -> Tensor:
 
 
 def sample(t: Tensor) -> Tensor:
-    """A plain tensor with the shape `t` has at this level, and its numbers: the first of every vmapped dimension."""
+    """A plain tensor with the shape `t` has at this level, and its numbers: the first of every vmapped dimension.
+
+    Ones where such a dimension is empty.
+    """
     while _functorch.is_functorch_wrapped_tensor(t):
         dim = _functorch.maybe_get_bdim(t) if _functorch.is_batchedtensor(t) else None
         t = _functorch.get_unwrapped(t)
-        t = t if dim is None else t.select(dim, 0)
+        if dim is not None and t.shape[dim] == 0:
+            t = t.new_ones([size for i, size in enumerate(t.shape) if i != dim])
+        elif dim is not None:
+            t = t.select(dim, 0)
     return t.detach()
 
 

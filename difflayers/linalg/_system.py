@@ -30,6 +30,7 @@ class LinearSolver(ABC):
     """How a system is solved. Direct solvers factorise; iterative ones return no factors."""
 
     factor_ndims: tuple[int, ...] = ()
+    remedy: str = ""  # what to do where it stops short of its tolerance; empty: the general advice
 
     def factor(self, system: LinearSystem, params: Params, like: Tensor) -> Params:
         """The factorisation of ``A(params)`` for vectors shaped like `like`; plain tensors."""
@@ -280,6 +281,7 @@ class SystemSolve(torch.autograd.Function):
             phase=phase,
             diagnose=lambda: check_finite(checked),
             excused=None if phase == "forward" else lambda x: pass_through(x, rhs, system.vector_ndim),
+            remedy=system.solver.remedy,
         )
         return (x, *info)
 

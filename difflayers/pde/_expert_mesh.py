@@ -19,6 +19,7 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from difflayers import _distributed
 from difflayers._solution import Info, OnFailure, settle
 from difflayers.linalg._autodiff import forward_mode, physical, primal, quick_apply, sample, transforms_active
 from difflayers.linalg._captured import _differentiated, gradients_wanted
@@ -172,25 +173,14 @@ def together(mesh: Any, action: Callable[[], T]) -> T:
     The action must not communicate, and what is differentiated must come to it through :func:`copied`. A process raises
     its own error; the others name it.
     """
-    failure, result, message = None, None, b""
-    try:
+
+    def checked() -> T:
         result = action()
         _refuse_strays(result)
-    except Exception as error:
-        failure, message = error, f"{type(error).__name__}: {error}".encode()
-    lengths = _lists(mesh, [len(message)])
-    if any(n for (n,) in lengths):
-        longest = max(n for (n,) in lengths)
-        texts = _lists(mesh, [*message, *[0] * (longest - len(message))])
-        if failure is not None:
-            raise failure
-        said = [
-            f"process {rank}: {bytes(text[:n]).decode()}"
-            for rank, ((n,), text) in enumerate(zip(lengths, texts, strict=True))
-            if n
-        ]
-        raise RuntimeError("experts of other processes of the mesh failed. " + "; ".join(said))
-    return result  # type: ignore[return-value]
+        return result
+
+    device = torch.device(mesh.device_type)
+    return _distributed.together(mesh.get_group(), checked, device, "experts of other processes of the mesh")
 
 
 def settled(value: Tensor, info: Info, on_failure: OnFailure, name: str) -> None:
@@ -337,13 +327,6 @@ def _tied(x: Tensor, tied: Any) -> Tensor:
                 none = (torch.view_as_real(t) if t.is_complex() else t).reshape(-1)[:0]
                 x = x + none.exp().sum().to(x.dtype)
     return x
-
-
-def _lists(mesh: Any, own: Sequence[int]) -> list[list[int]]:
-    """The numbers of every process."""
-    x = torch.tensor([list(own)], dtype=torch.int64, device=mesh.device_type)
-    every: list[list[int]] = _Crossing.apply("gather", mesh, x).tolist()
-    return every
 
 
 def _name(path: Sequence[Any]) -> str:

@@ -262,7 +262,7 @@ def test_dtype_projection_and_no_gradient_mode(method):
     def lower(x, y, batch):
         return (y[:3] - x).square().sum() + y[3] ** 2
 
-    algo = method(Bilevel(upper, lower), x, y, project_upper=lambda x: x.clamp(-0.1, 0.1))
+    algo = method(Bilevel(upper, lower, project_upper=lambda x: x.clamp(-0.1, 0.1)), x, y)
     with torch.no_grad():
         stats = [algo.step() for _ in range(3)][-1]
     assert all(value.dtype == torch.float32 for value in algo.state.values())
@@ -288,11 +288,11 @@ def test_bad_input_is_named(method):
     with pytest.raises(ValueError, match="y: expected dtype"):
         method(p, x, y.float())
     with pytest.raises(ValueError, match="project_upper: expected a callable"):
-        method(p, x, y, project_upper=3)
+        Q.problem(project_upper=3)
     with pytest.raises(ValueError, match="step: expected a number or a schedule"):
         method(p, x, y, step="fast")
     with pytest.raises(ValueError, match="project_upper output: expected shape"):
-        method(p, x, y, project_upper=lambda x: x[:1]).step()
+        method(Q.problem(project_upper=lambda x: x[:1]), x, y).step()
     with pytest.raises(ValueError, match="lower output: expected shape"):
         method(Bilevel(p.upper, lambda x, y, b: y), x, y).step()
     w = tensor(1.0).requires_grad_()

@@ -48,12 +48,33 @@ def test_soba_has_no_bias(seed):
 
 @pytest.mark.parametrize("seed", STARTS)
 def test_soba_with_the_steps_of_its_paper(seed):
-    algo = SOBA(Q.problem(), *start(seed, 3, 4), step=Power(0.2, -0.5), step_lower=Power(1.0, -0.5))
-    errors = []
-    for _ in range(2):
-        run(algo, 500)
-        errors.append(np.linalg.norm(algo.x.numpy() - Q.optimum[0]))
-    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.05
+    """Both steps fall as k^{-1/2}, so an update of T4 is s+ - s* = (I - k^{-1/2} G) (s - s*), s = (x, y, q).
+
+    After K steps the error is the product of these matrices times that of the start: its norm is the tolerance, of the
+    order exp(-2 sqrt(K) g) with g the least real part of an eigenvalue of G.
+    """
+    gamma, rho, n, d = 0.2, 1.0, 3, 4
+    G = np.block(
+        [
+            [gamma * Q.rho * np.eye(n), np.zeros((n, d)), gamma * Q.B.T],
+            [-rho * Q.B, rho * Q.H, np.zeros((d, d))],
+            [np.zeros((d, n)), -rho * Q.A.T @ Q.A, rho * Q.H],
+        ]
+    )
+    x, y = Q.optimum
+    best = np.concatenate([x, y, np.linalg.solve(Q.H, Q.upper_y(x, y))])
+    algo = SOBA(Q.problem(), *start(seed, n, d), step=Power(gamma, -0.5), step_lower=Power(rho, -0.5))
+    first = np.concatenate([algo.state[name].numpy() for name in "xyq"]) - best
+    power, least = np.eye(n + 2 * d), np.linalg.eigvals(G).real.min()
+    for k in range(1, 1001):
+        power = power - k**-0.5 * G @ power
+        if k in (500, 1000):
+            run(algo, 500)
+            error = np.concatenate([algo.state[name].numpy() for name in "xyq"]) - best
+            allowed = np.linalg.norm(power, 2) * np.linalg.norm(first)
+            assert np.linalg.norm(error) <= allowed
+            assert allowed < 20 * np.exp(-2 * k**0.5 * least) * np.linalg.norm(first)
+    np.testing.assert_allclose(error, power @ first, rtol=1e-6, atol=1e-12)
 
 
 class Blocks:
@@ -160,9 +181,10 @@ def test_lvhba_with_inequalities_and_a_projection_of_its_own():
         lambda x, y, b: ((y - 2).square() + (x - 1).square()).sum() / 2,
         lambda x, y, b: (y - 3).square().sum() / 2,
         constraint=lambda x, y: y - x,
+        project_joint=onto,
     )
     for x0, y0 in ((0.0, 2.0), (3.0, 0.0), (-1.0, -2.0)):
-        algo = LVHBA(problem, tensor([x0]), tensor([y0]), step=0.1, step_inner=0.2, penalty=2.0, project_joint=onto)
+        algo = LVHBA(problem, tensor([x0]), tensor([y0]), step=0.1, step_inner=0.2, penalty=2.0)
         assert float(algo.y - algo.x) <= 1e-12
         for _ in range(600):
             stats = algo.step()

@@ -1,18 +1,9 @@
-"""What one process of a mesh computes for test_expert_parallel.py: every case, written to a file.
+"""What every process of a mesh computes for test_expert_parallel.py; see tests/processes.py."""
 
-    python expert_worker.py RANK WORLD_SIZE STORE RESULT
-
-A case takes a mesh, or None for the answer of a single process. A case that raises is recorded as its error.
-"""
-
-import datetime
-import sys
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -37,7 +28,6 @@ from difflayers.pde._expert_mesh import copied, copied_module, gathered, gathere
 
 F64 = torch.float64
 HEIGHT = torch.ones((), dtype=F64, requires_grad=True)
-SECONDS = 60  # a process that waits for another longer than this gives up
 POINTS = torch.rand(30, 2, generator=torch.Generator().manual_seed(5), dtype=F64) * torch.tensor([1.0, 2.0]).to(F64)
 POINTS = POINTS - torch.tensor([0.0, 1.0]).to(F64)
 
@@ -356,38 +346,6 @@ ERRORS: dict[str, Callable[[Any], list[Tensor]]] = {
 }
 
 
-def outcomes(mesh: Any) -> dict[str, Any]:
-    """What every case returns, or how it fails."""
-    out: dict[str, Any] = {}
-    for name, case in (CASES | ERRORS).items():
-        torch.manual_seed(0)
-        try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                out[name] = case(mesh)
-            if said:
-                out[f"{name}, warnings"] = [str(w.message) for w in said]
-        except Exception as error:
-            out[name] = f"{type(error).__name__}: {error}"
-    return out
-
-
-def join(rank: int, world: int, store: str) -> Any:
-    """This process becomes part of a mesh of processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, world),
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=SECONDS),
-    )
-    return init_device_mesh("cpu", (world,), mesh_dim_names=("expert",))
-
-
-if __name__ == "__main__":
-    rank, world = map(int, sys.argv[1:3])
-    mesh = join(rank, world, sys.argv[3])
-    found = outcomes(mesh)
-    torch.save(found, sys.argv[4])
-    dist.destroy_process_group()
+def place(world: int) -> Any:
+    """Nothing, or the mesh of all."""
+    return init_device_mesh("cpu", (world,), mesh_dim_names=("expert",)) if world else None

@@ -5,24 +5,15 @@ and 3 processes are those of the layer without a mesh at 1e-12, in every process
 divided evenly. What goes wrong in one process is an error in all of them, within the time limit of a message.
 """
 
-import importlib.util
-import os
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-WORKER = Path(__file__).with_name("expert_worker.py")
-spec = importlib.util.spec_from_file_location("expert_worker", WORKER)
-assert spec is not None and spec.loader is not None
-worker = importlib.util.module_from_spec(spec)
-sys.modules["expert_worker"] = worker
-spec.loader.exec_module(worker)
+from tests.pde import expert_worker as worker
+from tests.processes import Outcomes, spawned
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
@@ -30,35 +21,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
 ]
 WORLDS = (1, 2, 3)
-Outcomes = dict[int, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """For each size of the mesh what its processes found; 0: one process without a mesh."""
-    folder = tmp_path_factory.mktemp("mesh")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    running = []
-    for world in WORLDS[1:]:
-        for rank in range(world):
-            result = folder / f"{world}.{rank}.pt"
-            command = [sys.executable, str(WORKER), str(rank), str(world), str(folder / f"store{world}"), str(result)]
-            running.append((world, result, subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)))
-    found: Outcomes = {0: [worker.outcomes(None)], **{world: [] for world in WORLDS}}
-    mesh = worker.join(0, 1, str(folder / "store1"))  # this process alone
-    found[1].append(worker.outcomes(mesh))
-    dist.destroy_process_group()
-    end = time.monotonic() + 2 * worker.SECONDS
-    try:
-        for world, result, process in running:
-            _, said = process.communicate(timeout=max(end - time.monotonic(), 0.1))
-            assert process.returncode == 0, said.decode()
-            found[world].append(torch.load(result))
-    finally:
-        for *_, process in running:
-            process.kill()
-            process.wait()
-    return found
+    return spawned("tests.pde.expert_worker", tmp_path_factory.mktemp("mesh"), WORLDS)
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -160,7 +127,7 @@ def test_errors_of_the_mesh_name_it(outcomes: Outcomes):
 
 
 def test_example_runs_as_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.syspath_prepend(str(WORKER.parents[2] / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
     monkeypatch.setattr(sys, "argv", ["example", "--steps", "5"])
     import expert_parallel as example
 

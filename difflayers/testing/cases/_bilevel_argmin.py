@@ -146,6 +146,18 @@ EQUAL = Bilevel(upper=SMOOTH.upper, lower=lambda x, y, a: (y - a).square().sum()
 EQUAL_FN, EQUAL_SOLUTION = _forms(EQUAL, 3, NDIMS)
 EQUAL_STARVED, EQUAL_STARVED_SOLUTION = _forms(EQUAL, 3, NDIMS, solver=Newton(max_steps=1))
 
+
+# -------------------------------------------------------------------- inequality: a largest mean, one of two reaches it
+
+
+def _half_space(x: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """The projection onto the coordinates with a mean of at most x."""
+    return a - max(a.mean() - x[0], 0.0)
+
+
+BOUND = Bilevel(upper=SMOOTH.upper, lower=EQUAL.lower, constraint=_mean)
+BOUND_FN, BOUND_SOLUTION = _forms(BOUND, 3, NDIMS)
+
 CASES: tuple[LayerCase, ...] = (
     LayerCase(
         "ArgminLayer",
@@ -204,6 +216,21 @@ CASES: tuple[LayerCase, ...] = (
         source=SOURCE,
         tolerant=_forms(EQUAL, 3, NDIMS, on_failure="nan")[0],
         solution=EQUAL_SOLUTION,
+        half=False,
+        exact_bits=False,
+        exempt=NO_EMPTY,
+    ),
+    LayerCase(
+        "ArgminLayer inequality",
+        BOUND_FN,
+        (numbers([0.1]), INPUTS[1]),
+        per_element(_half_space, NDIMS),
+        (),
+        NDIMS,
+        names=("x", None),
+        source=SOURCE,
+        tolerant=_forms(BOUND, 3, NDIMS, on_failure="nan")[0],
+        solution=BOUND_SOLUTION,
         half=False,
         exact_bits=False,
         exempt=NO_EMPTY,

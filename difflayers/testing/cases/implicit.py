@@ -11,6 +11,7 @@ from torch import Tensor
 from difflayers.testing._case import Hostile, LayerCase, Wrong
 
 from ._common import normal, numbers, per_element
+from ._constrained_minima import CONSTRAINED
 from ._fixed_points import FIXED_POINTS, MODULES
 from ._minima import FITS, MINIMA
 from ._roots import ROOTS
@@ -75,4 +76,4 @@ PLANS = (
     ),
 )
 
-CASES: tuple[LayerCase, ...] = (*ROOTS, *FIXED_POINTS, *MODULES, *MINIMA, *FITS, *PLANS)
+CASES: tuple[LayerCase, ...] = (*ROOTS, *FIXED_POINTS, *MODULES, *MINIMA, *CONSTRAINED, *FITS, *PLANS)

@@ -1,0 +1,80 @@
+r"""Which inequalities hold a point, and with what multipliers: read off the point itself.
+
+At a solution of :math:`\min f` subject to :math:`g \le 0`: :math:`\nabla f + A^T \nu = 0` with the gradients A of the
+rows that hold with equality and :math:`\nu \ge 0`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def reach(dtype: torch.dtype) -> float:
+    """How near to its bound a row counts as holding, and how small a multiplier counts as zero; both relative."""
+    return torch.finfo(dtype).eps ** (1 / 3)
+
+
+def active_rows(g: Tensor, A: Tensor, slope: Tensor, y: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
+    """Places of the rows with a positive multiplier.
+
+    Args:
+        g: ``(m,)`` values of the constraint.
+        A: ``(m, n)`` their gradients in y.
+        slope: ``(n,)`` gradient of the objective in y.
+        y: ``(n,)`` the point.
+        scale: What the gradient is to be compared with.
+        numbers: ``(m,)`` what messages call the rows.
+
+    Raises:
+        ValueError: Where a constraint is violated, or a row that holds with equality would have to pull.
+    """
+    delta = reach(g.dtype)
+    lengths = torch.linalg.vector_norm(A, dim=-1)
+    there = lengths > 0
+    distance = torch.where(there, g / torch.where(there, lengths, 1), g)
+    near = delta * torch.linalg.vector_norm(y).clamp_min(1)
+    if bool((distance > near).any()):
+        i = int(distance.argmax())
+        raise ValueError(f"y: expected a point where constraint <= 0, got {float(g[i]):.3g} in row {int(numbers[i])}")
+    rows = (there & (distance >= -near)).nonzero().flatten()
+    B = (A[rows] / lengths[rows].unsqueeze(-1)).double()
+    t = -slope.double()
+    weights = nonnegative(B @ B.mT, B @ t)
+    held = t - B.mT @ weights
+    free = t - B.mT @ (torch.linalg.pinv(B.mT) @ t)
+    gap = held.square().sum() - free.square().sum()
+    if bool(gap > (1e-2 * torch.maximum(torch.linalg.vector_norm(t), delta * scale)).square()):
+        i = int(rows[(B @ held).argmin()])
+        raise ValueError(
+            "y: expected a solution of the lower problem, got a point where the constraint holds nothing back in row "
+            f"{int(numbers[i])}, which is at its bound: its multiplier would be negative"
+        )
+    return rows[weights > delta * torch.maximum(torch.linalg.vector_norm(t), scale.double())]
+
+
+def nonnegative(G: Tensor, c: Tensor) -> Tensor:
+    """The w >= 0 that minimises ``w^T G w / 2 - c^T w``, G positive semidefinite.
+
+    Source: C. Lawson, R. Hanson, Solving Least Squares Problems, 1974, chapter 23.
+    """
+    w, used = torch.zeros_like(c), torch.zeros_like(c, dtype=torch.bool)
+    small = 10 * torch.finfo(c.dtype).eps
+    for _ in range(3 * len(c)):
+        pull = torch.where(used, -torch.inf, c - G @ w)
+        j = int(pull.argmax())
+        if not float(pull[j]) > small * float(c.abs().max()):
+            break
+        used[j] = True
+        while bool(used.any()):
+            index = used.nonzero().flatten()
+            s = torch.zeros_like(w)
+            s[index] = torch.linalg.pinv(G[index][:, index], hermitian=True) @ c[index]
+            low = used & (s <= 0)
+            if not bool(low.any()):
+                w = s
+                break
+            w = w + (w[low] / (w[low] - s[low])).min() * (s - w)
+            used &= w > small * w.abs().max()
+            w = torch.where(used, w, 0)
+    return w
