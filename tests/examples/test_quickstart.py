@@ -58,6 +58,9 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     numbers = json.loads((tmp_path / "pde" / "pde.json").read_text())
     few, *_ = numbers["gradients"]
     assert few["exact"] < 1e-5 < 1e-3 < few["gauss_newton"] and len(numbers["errors"]["descent"]) == 4
+    numbers = json.loads((tmp_path / "bilevel" / "bilevel.json").read_text())
+    *unrolled, layer = numbers["gradients"]["errors"]
+    assert layer < 1e-3 < 0.1 < min(unrolled) and numbers["loss"][1] < numbers["loss"][0]
 
 
 def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
@@ -65,11 +68,11 @@ def test_quickstart_runs_a_chapter_by_name(tmp_path, capsys):
 
     quickstart.main(["--list", "--out", str(tmp_path)])
     listed = capsys.readouterr().out
-    names = ("implicit", "proximal", "conic", "transport", "relu", "pde")
+    names = ("implicit", "proximal", "conic", "transport", "relu", "pde", "bilevel")
     assert all(name in listed for name in names) and not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         quickstart.main(["--chapter", "nothing", "--out", str(tmp_path)])
-    assert "there are: implicit, proximal, conic, transport, relu, pde" in capsys.readouterr().err
+    assert "there are: implicit, proximal, conic, transport, relu, pde, bilevel" in capsys.readouterr().err
 
 
 def test_page_escapes_what_it_shows(tmp_path):

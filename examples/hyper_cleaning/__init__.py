@@ -1,0 +1,1 @@
+"""Pieces of the example on data hyper-cleaning: data, recipes of all methods, runs, figure."""
