@@ -41,12 +41,13 @@ help:
 	@$(INSTALL) --no-build-isolation --editable '.[$*]'
 	@touch $@
 
-# qpth, a peer in the benchmarks of quadratic programs, asks for numpy<2 and works with numpy 2, which cvxpy asks for. So
-# it cannot be in the extra: it comes after it, as it is, without a look at what it asks for.
+# qpth and BOAT, peers in the benchmarks, ask for numpy<2 and work with numpy 2, which cvxpy asks for; betty asks for a
+# Python below 3.11. So they cannot be in the extra: they come after it, as they are, without a look at what they ask for.
 .venv/.bench: .venv/.base
 	@$(INSTALL) --no-build-isolation --editable '.[bench]'
 	@$(INSTALL) setuptools
 	@$(INSTALL) --no-deps --no-build-isolation qpth
+	@$(INSTALL) --no-deps --ignore-requires-python boat-torch==1.1.1 higher==0.2.1 betty-ml==0.2.1
 	@touch $@
 
 # --------------------------------------------------------------------------------------------------------- targets

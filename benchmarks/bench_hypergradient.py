@@ -1,4 +1,4 @@
-"""Hypergradients at a given lower solution: ours against CG written by hand in plain torch, and torchopt.
+"""Hypergradients at a given lower solution: ours against CG written by hand in plain torch, torchopt, BOAT and betty.
 
 Two lower problems: logistic regression with one weight decay per feature (d = 1,000, n = 2,000), and a network with
 100,000 weights that are pulled to their start, as in meta-learning, with one strength per tensor. The upper loss is
@@ -21,6 +21,7 @@ import torchopt
 from torch import Tensor, nn
 from torchopt.diff.implicit import custom_root
 
+from benchmarks import bilevel_peers
 from benchmarks.harness import AsLooseAs, Case, Contender, Options, run
 from difflayers.bilevel import Bilevel, hypergradient
 from difflayers.implicit import Implicit
@@ -65,6 +66,25 @@ class Problem:
 
         return job
 
+    def on_the_map(self, rtol: float) -> Callable[[], Tensor]:
+        def job() -> Tensor:
+            x, y = self.x.detach().requires_grad_(), self.y.detach().requires_grad_()
+            fx, b = torch.autograd.grad(self.upper(x, y), (x, y), allow_unused=True, materialize_grads=True)
+            (g,) = torch.autograd.grad(self.lower(x, y), y, create_graph=True)
+            mapped = y - g
+            v, r = torch.zeros_like(b), b
+            p, rr = r, r @ r
+            stop = rtol * rtol * rr
+            while rr > stop:
+                Ap = p - torch.autograd.grad(mapped, y, p, retain_graph=True)[0]
+                alpha = rr / (p @ Ap)
+                v, r = v + alpha * p, r - alpha * Ap
+                rr, before = r @ r, rr
+                p = r + (rr / before) * p
+            return fx + torch.autograd.grad(mapped, x, v)[0]
+
+        return job
+
     def torchopt(self, solve: Callable[..., Callable[..., object]], rtol: float) -> Callable[[], Tensor]:
         optimality = torch.func.grad(lambda y, x: self.lower(x, y))
 
@@ -77,6 +97,16 @@ class Problem:
             return torch.autograd.grad(self.upper(x, solution(self.y, x)), x)[0]
 
         return job
+
+    def curvature(self) -> float:
+        """The largest eigenvalue of H, by power iteration."""
+        y = self.y.detach().requires_grad_()
+        (g,) = torch.autograd.grad(self.lower(self.x, y), y, create_graph=True)
+        v = numbers(7, y.numel(), device=str(y.device))
+        for _ in range(100):
+            v = v / v.norm()
+            (v,) = torch.autograd.grad(g, y, v, retain_graph=True)
+        return float(v.norm())
 
     def dense(self) -> Tensor:
         fx, b = torch.func.grad(self.upper, (0, 1))(self.x, self.y)
@@ -154,7 +184,21 @@ def case(name: str, problem: Problem, expected: Tensor) -> Case:
         fitted("CG by hand, plain torch", problem.by_hand),
         fitted("torchopt custom_root, CG", lambda rtol: problem.torchopt(solvers.solve_cg, rtol)),
         fitted("torchopt custom_root, normal CG", lambda rtol: problem.torchopt(solvers.solve_normal_cg, rtol)),
+        fitted("CG on the gradient step, plain torch", problem.on_the_map),
     ]
+    losses = (problem.upper, problem.lower, problem.x, problem.y)
+    if bilevel_peers.available("boat_torch"):
+        build = lambda tolerance: bilevel_peers.boat_cg(*losses, tolerance=tolerance)  # noqa: E731
+        fn = AsLooseAs(build, LADDER, expected, TARGET, "tolerance")
+        contenders.append(Contender("BOAT, CG", fn, settings=fn.settings))
+    if bilevel_peers.available("betty"):
+        build = lambda n: bilevel_peers.betty_cg(*losses, iterations=n)  # noqa: E731
+        fn = AsLooseAs(build, (1, 2, 5, 10, 20, 50, 100), expected, TARGET, "iterations")
+        contenders.append(Contender("betty, CG", fn, settings=fn.settings))
+        step = 1 / problem.curvature()
+        build = lambda n: bilevel_peers.betty_neumann(*losses, iterations=n, step=step)  # noqa: E731
+        fn = AsLooseAs(build, (20, 50, 100, 200, 500, 1000, 2000), expected, TARGET, "iterations")
+        contenders.append(Contender("betty, Neumann", fn, settings=fn.settings))
     return Case(name, contenders, expected, target=TARGET)
 
 

@@ -45,7 +45,7 @@ SAMPLE_SECONDS = 0.02
 PACKAGES = (
     *("torch", "numpy", "torch-difflayers", "torchdeq", "torchopt", "cvxpy", "cvxpylayers", "moreau", "scipy", "POT"),
     *("scikit-learn", "deepinv", "pyproximal", "qpth", "torchjd", "clarabel", "highspy", "geomloss", "pyscnn"),
-    *("torch-sla", "theseus-ai"),
+    *("torch-sla", "theseus-ai", "boat-torch", "betty-ml", "higher"),
 )
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
