@@ -25,7 +25,7 @@ from ._group import alone, announced, entering, group_of, leaving, process_group
 from ._hypergradient import definite
 from ._mfac import MFAC
 from ._objective import REMEDY, Objective
-from ._optimality import like_y, step_length, support_curvature
+from ._optimality import step_length, support_curvature
 from ._oracles import _gradient
 from ._problem import Bilevel, check_problem
 from ._variables import Variables, check_devices
@@ -288,7 +288,7 @@ class _Call:
         x, rows = self.x.tree(args[: len(self.x.shapes)]), None if self.y.blocks is None else len(z)
         if rows is not None:
             step = step.reshape(step.shape + (1,) * len(self.y.shapes[0]))
-        return like_y(self.prox_name, self.y, self.problem.proximal(self.y.present(z), x, step), rows)
+        return self.y.returned(self.prox_name, self.problem.proximal(self.y.present(z), x, step), rows)
 
 
 def _gradient_of(slope: Tensor, z: Tensor, v: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from ._method import Evaluation, Method, Seen, norm
+from ._evaluation import Evaluation
+from ._method import Method, Seen, norm
+from ._options import check_number
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
 
@@ -76,9 +78,7 @@ class BAMM(Method):
         super().__init__(problem, x, y)
         self.mu, self.alpha = as_schedule("mixing", mixing), as_schedule("step", step)
         self.beta, self.eta = as_schedule("step_lower", step_lower), as_schedule("step_adjoint", step_adjoint)
-        if not radius > 0:
-            raise ValueError(f"radius: expected a number above 0, got {radius!r}")
-        self.radius = radius
+        self.radius = check_number("radius", radius, ends="(]")
         self.state["v"] = torch.zeros_like(self.state["y"])
 
     def _update(self, at: Evaluation, k: int) -> Seen:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from difflayers._checks import check_shape, check_tensor, compute_dtype
 
+from ._options import check_number
 from ._problem import check_group
 from ._schedules import Schedule, as_schedule
 
@@ -111,7 +112,11 @@ class Bloop:
             isinstance(variables, list) and variables and all(isinstance(g, dict) and "params" in g for g in variables)
         ):
             groups = [([g["params"]] if isinstance(g["params"], Tensor) else list(g["params"]), g) for g in variables]
-            factors = [_weight("weight", g["weight"]) if "weight" in g else None for ps, g in groups for _ in ps]
+            factors = [
+                check_number("weight", g["weight"], ends="[)") if "weight" in g else None
+                for ps, g in groups
+                for _ in ps
+            ]
             variables = [p for params, _ in groups for p in params]
         self._leaves, self._spec = optree.tree_flatten(variables, none_is_leaf=True)
         if not self._leaves:
@@ -124,8 +129,8 @@ class Bloop:
         self._flat = isinstance(variables, list | tuple) and len(variables) == len(self._leaves)
         self._weight, self._rho = as_schedule("weight", weight), as_schedule("rho", rho)
         self._factors = factors or [None] * len(self._leaves)
-        _weight("weight", self._weight(0))
-        _ratio("rho", self._rho(0))
+        check_number("weight", self._weight(0), ends="[)")
+        check_number("rho", self._rho(0), high=1.0, ends="(]")
         self.steps = 0
         self._average: _Gradient = [None] * len(self._leaves)
         self._pending: _Gradient = [None] * len(self._leaves)
@@ -246,7 +251,8 @@ class Bloop:
     @torch.no_grad()
     def _combine(self, main: _Gradient, aux: _Gradient, update: bool) -> tuple[_Gradient, Tensor, _State]:
         """The direction, the cosine, and what to remember."""
-        weight, rho = _weight("weight", self._weight(self.steps)), _ratio("rho", self._rho(self.steps))
+        weight = check_number("weight", self._weight(self.steps), ends="[)")
+        rho = check_number("rho", self._rho(self.steps), high=1.0, ends="(]")
         weights = [weight if factor is None else factor for factor in self._factors]
         # in units of the largest numbers: squares of small gradients would be zero
         (_, m_unit), (h_size, h_unit) = self._scaled(self._average), self._scaled(aux)
@@ -326,15 +332,3 @@ def _sum(pending: Tensor | None, gradient: Tensor | None, leaf: Tensor) -> Tenso
 
 def _mix(average: Tensor, gradient: Tensor, rho: float, finite: Tensor) -> Tensor:
     return torch.where(finite.to(average.device), (1 - rho) * average + rho * gradient, average)
-
-
-def _weight(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-        raise ValueError(f"{name}: expected a number of at least 0, got {value!r}")
-    return float(value)
-
-
-def _ratio(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"{name}: expected a number in (0, 1], got {value!r}")
-    return float(value)

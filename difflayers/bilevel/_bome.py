@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from ._method import Evaluation, Method, Seen, check_count, check_ratio, norm
+from ._evaluation import Evaluation
+from ._method import Method, Seen, norm
+from ._options import check_count, check_number
 from ._problem import Bilevel
 from ._schedules import Constant, Schedule, as_schedule
 
@@ -81,7 +83,7 @@ class BOME(Method):
         super().__init__(problem, x, y)
         self.xi, self.alpha = as_schedule("step", step), as_schedule("step_lower", step_lower)
         self.eta, self.by_value = as_schedule("control", control), by_value
-        self.ratio = check_ratio(ratio)
+        self.ratio = check_number("ratio", ratio)
         self.inner_steps = check_count("inner_steps", inner_steps)
 
     def _update(self, at: Evaluation, k: int) -> Seen:

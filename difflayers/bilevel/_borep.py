@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ._evaluation import Evaluation, _leaves
 from ._group import group_of
-from ._method import Method, Seen, _snapshot, check_count, norm
+from ._method import Method, Seen, _snapshot, norm
 from ._objective import Objective
+from ._options import check_count, check_number
 from ._oracles import _gradient, _joined
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
@@ -56,7 +57,8 @@ class BOREP(Method):
         adjoint: q, with the structure of y; ``init`` of :func:`hypergradient`.
 
     Raises:
-        ValueError: For bad input, naming the argument.
+        ValueError: For bad input, naming the argument; in a step for gradients that are not finite. The method is then
+            as before the step.
 
     Differentiable in nothing.
 
@@ -97,13 +99,9 @@ class BOREP(Method):
         super().__init__(problem, x, y)
         self.eta, self.alpha = as_schedule("step", step), as_schedule("step_lower", step_lower)
         self.nu = as_schedule("step_adjoint", step_adjoint)
-        if isinstance(momentum, bool) or not isinstance(momentum, int | float) or not 0 <= momentum < 1:
-            raise ValueError(f"momentum: expected a number in [0, 1), got {momentum!r}")
-        self.momentum = float(momentum)
+        self.momentum = check_number("momentum", momentum, high=1.0, ends="[)")
         self.period, self.inner_steps = check_count("period", period), check_count("inner_steps", inner_steps)
-        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"epochs: expected an integer of at least 0, got {epochs!r}")
-        self.epochs = epochs
+        self.epochs = check_count("epochs", epochs, least=0)
         self.state["q"], self.state["m"] = torch.zeros_like(self.state["y"]), torch.zeros_like(self.state["x"])
 
     @property
@@ -169,6 +167,7 @@ class BOREP(Method):
         upper, (lower, slope) = at.upper(x, y), at.slope(x, y)
         q = q - self.nu(k) * (slope.pull(q) - upper.y)
         m = self.momentum * m + (1 - self.momentum) * (upper.x - slope.cross(q))
+        at.refuse_infinite(lower_gradient_in_y=slope.value, adjoint=q, hypergradient=m)
         size = norm(m)
         x_next = self._onto_upper(x - eta * m / torch.where(size > 0, size, 1))
         self.state.update(x=x_next, y=y, q=q, m=m)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ._evaluation import Evaluation
 from ._method import Method, Seen, norm
+from ._options import check_number
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
 
@@ -54,7 +55,8 @@ class BSVRB(Method):
         adjoint: v, with the structure of y.
 
     Raises:
-        ValueError: For bad input, naming the argument.
+        ValueError: For bad input, naming the argument; in a step for gradients that are not finite. The method is then
+            as before the step.
 
     Differentiable in nothing.
 
@@ -102,10 +104,8 @@ class BSVRB(Method):
         self.tau_v = as_schedule("step_adjoint", step_adjoint)
         self.alpha, self.beta = as_schedule("rate", rate), as_schedule("rate_upper", rate_upper)
         for name, schedule in (("rate", self.alpha), ("rate_upper", self.beta)):
-            check_rate(name, schedule(0))
-        if not radius > 0:
-            raise ValueError(f"radius: expected a number above 0, got {radius!r}")
-        self.radius = radius
+            check_number(name, schedule(0), high=1.0)
+        self.radius = check_number("radius", radius, ends="(]")
         x_now, y_now = self.state["x"], self.state["y"]
         zeros = torch.zeros_like(y_now)
         self.state.update(
@@ -120,7 +120,8 @@ class BSVRB(Method):
 
     def _update(self, at: Evaluation, k: int) -> Seen:
         s, rows = self.state, at.rows
-        alpha, beta, eta = check_rate("rate", self.alpha(k)), check_rate("rate_upper", self.beta(k)), self.eta(k)
+        alpha = check_number("rate", self.alpha(k), high=1.0)
+        beta, eta = check_number("rate_upper", self.beta(k), high=1.0), self.eta(k)
         x, y, v = s["x"], s["y"][rows], s["v"][rows]
         values, now = self._directions(at, x, y, v)
         h, u, z = now
@@ -130,6 +131,7 @@ class BSVRB(Method):
             h = torch.where(old, msvr(s["h"][rows], now[0], last[0], alpha, share), now[0])
             u = torch.where(old, msvr(s["u"][rows], now[1], last[1], alpha, share), now[1])
             z = (1 - beta) * (s["z"] - last[2]) + now[2]
+        at.refuse_infinite(lower_gradient_in_y=h, adjoint_direction=u, hypergradient=z)
         v_next = v - self.tau_v(k) * u
         size = torch.linalg.vector_norm(v_next, dim=-1, keepdim=True)
         v_next = v_next * torch.where(size > self.radius, self.radius / size, 1)
@@ -154,10 +156,3 @@ def msvr(estimate: Tensor, now: Tensor, last: Tensor, rate: float, share: float)
     """The estimator of a sampled block: `now` and `last` on one sample, `share` of the blocks are sampled a step."""
     gamma = (1 - share) / (share * (1 - rate)) + 1 - rate
     return (1 - rate) * estimate + rate * now + gamma * (now - last)
-
-
-def check_rate(name: str, value: Any) -> float:
-    """Refuses anything but a number between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"{name}: expected a number in (0, 1), got {value!r}")
-    return float(value)

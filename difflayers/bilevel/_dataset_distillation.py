@@ -26,7 +26,8 @@ from difflayers.implicit import Implicit
 from difflayers.linalg import CG
 
 from ._hypergradient import Adjoint, Hypergradient, hypergradient
-from ._method import StepStats, check_count, norm
+from ._method import StepStats, norm
+from ._options import check_count, check_number
 from ._problem import Bilevel
 
 _BETAS = (0.9, 0.999)
@@ -115,8 +116,7 @@ class DatasetDistillation(nn.Module):
         if not callable(features) or isinstance(features, nn.Module):
             raise ValueError(f"features: expected a function that makes a network, got {type(features).__name__}")
         for name, value in (("lower_rate", lower_rate), ("ridge", ridge), ("decay", decay), ("rate", rate)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+            check_number(name, value)
         self.features, self.seed = features, int(seed)
         self.lower_steps, self.age = check_count("lower_steps", lower_steps), check_count("age", age)
         self.lower_rate, self.rate = float(lower_rate), float(rate)

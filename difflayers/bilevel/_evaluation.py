@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from difflayers._checks import check_finite
+
 from ._group import group_of
 from ._objective import Objective
 from ._oracles import Recorded, _gradient, _joined, check_graph
@@ -39,13 +41,26 @@ class Evaluation:
         self.rows: Tensor | slice = slice(None) if blocks is None else blocks
         problem = method.problem
         self.batches = {"upper": upper_batch, "lower": lower_batch}
-        group = group_of(problem, self.x, self.y)
+        self.group = group = group_of(problem, self.x, self.y)
         self.objectives = {
             name: Objective(function, name, self.x, self.y, group=group)
             for name, function in (("upper", problem.upper), ("lower", problem.lower))
         }
         for name, objective in self.objectives.items():
             objective.refuse_captured(self.batches[name], rows=blocks)
+
+    def refuse_infinite(self, **named: Tensor) -> None:
+        """A ``ValueError`` where numbers are not finite, in all processes alike; names with underscores for spaces."""
+        together = torch.stack([torch.isfinite(t.detach()).all() for t in named.values()]).all()
+
+        def look() -> None:
+            if not bool(together):
+                check_finite((name.replace("_", " "), t.detach()) for name, t in named.items())
+
+        if self.group is not None and self.y.blocks is not None:
+            self.group.together(look, together.device)
+        else:
+            look()
 
     def put(self, whole: Tensor, part: Tensor) -> Tensor:
         """A matrix of all blocks with new rows for the sampled ones; the others keep their bits."""

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._method import Evaluation, Seen, check_ratio
+from ._evaluation import Evaluation
+from ._method import Seen
+from ._options import check_number
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
 from ._twin import TwinMethod
@@ -83,7 +85,7 @@ class F2SA(TwinMethod):
         super().__init__(problem, x, y, inner_steps=inner_steps, momentum=momentum)
         self.alpha, self.gamma = as_schedule("step", step), as_schedule("step_lower", step_lower)
         self.multiplier = None if multiplier is None else as_schedule("multiplier", multiplier)
-        self.ratio = check_ratio(ratio)
+        self.ratio = check_number("ratio", ratio)
 
     def _update(self, at: Evaluation, k: int) -> Seen:
         alpha, gamma = self.alpha(k), self.gamma(k)

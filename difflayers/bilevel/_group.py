@@ -76,7 +76,7 @@ class Group:
                     prints = [fingerprint(x), fingerprint(y)]
                 if count:
                     value = function(own_x, own_y)
-                number = 0.0 if value.ndim or transforms_active() else float(value)
+                number = 0.0 if value.ndim or transforms_active() else float(value.detach())
         except Exception as error:
             failure = error
         kind = zlib.crc32(repr((value.dtype, physical(value).shape)).encode()) if count else 0

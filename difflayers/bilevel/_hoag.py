@@ -30,8 +30,9 @@ from difflayers.linalg import CG, LinearSolver
 from ._evaluation import Evaluation
 from ._hypergradient import definite
 from ._method import Method, Seen, norm
+from ._options import check_number
 from ._oracles import Recorded
-from ._outer_step import check_positive, solve_adjoint
+from ._outer_step import solve_adjoint
 from ._problem import Bilevel
 from ._schedules import Exponential, Schedule, as_schedule
 
@@ -172,8 +173,8 @@ class HOAG(Method):
         zero = torch.zeros_like(self.state["x"])
         self.state.update(last_x=zero, p=zero, q=torch.zeros_like(self.state["y"]))
         self.plain.update(
-            lipschitz=None if lipschitz is None else check_positive("lipschitz", lipschitz),
-            scale=None if scale is None else check_positive("scale", scale),
+            lipschitz=None if lipschitz is None else check_number("lipschitz", lipschitz),
+            scale=None if scale is None else check_number("scale", scale),
             halvings=0, in_a_row=0, unit=None, value=None, epsilon=None,
         )  # fmt: skip
 

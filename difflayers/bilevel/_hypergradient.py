@@ -99,7 +99,8 @@ def hypergradient(
     A y that is no minimum is noticed by curvature. CG sees that of every direction it takes, Cholesky all of it.
     MINRES, GMRES and other solvers that end well on a saddle are judged by the first 6 products they ask for, a prox
     and constraints by 6 products on the support or along the constraint: up to 6 unknowns that is everything, beyond it
-    what these products show. Neumann's series and OneStep are no solutions of a system, and warn.
+    what these products show. Neumann's series and OneStep, which solve no system, warn instead; where they are merely
+    short, `residual` tells and `status` does not.
 
     Args:
         problem: The problem.

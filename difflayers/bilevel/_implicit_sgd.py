@@ -21,7 +21,8 @@ from difflayers.linalg import LinearSolver
 
 from ._evaluation import Evaluation
 from ._hypergradient import definite
-from ._method import Method, Seen, StepStats, check_count, norm
+from ._method import Method, Seen, StepStats, norm
+from ._options import check_count
 from ._outer_step import solve_adjoint
 from ._problem import Bilevel
 from ._schedules import Constant, Schedule, as_schedule

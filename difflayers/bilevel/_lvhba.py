@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ._evaluation import Evaluation
 from ._group import group_of
-from ._method import Evaluation, Method, Seen, norm
+from ._method import Method, Seen, norm
 from ._objective import Objective
+from ._options import check_number
 from ._oracles import _gradient, _joined
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
@@ -39,7 +41,7 @@ class LVHBA(Method):
             affine equalities), and `project_lower`, the projection of theta where y has a set of its own.
         x: Upper variables: tensor, pytree of tensors, or module; projected with y, if the constraint is violated.
         y: Lower variables; start of theta too.
-        step: alpha, of x and y.
+        step: alpha, of x and y; below `step_inner`: where f is flat, theta has to follow y faster than y leaves it.
         step_inner: eta, of theta and lambda; with ``|grad_y g| = s`` it is stable below
             ``2 / gamma_1 / (1 / gamma_1^2 + s^2)``.
         step_multiplier: beta, of z; below ``2 gamma_2``.
@@ -86,7 +88,7 @@ class LVHBA(Method):
         y: Any,
         *,
         step: float | Schedule = Constant(0.05),
-        step_inner: float | Schedule = Constant(0.05),
+        step_inner: float | Schedule = Constant(0.1),
         step_multiplier: float | Schedule = Constant(0.5),
         proximal: tuple[float, float] = (1.0, 1.0),
         penalty: float | Schedule = Power(1.0, 0.3),
@@ -97,9 +99,7 @@ class LVHBA(Method):
         self.beta, self.penalty = as_schedule("step_multiplier", step_multiplier), as_schedule("penalty", penalty)
         if not (isinstance(proximal, tuple) and len(proximal) == 2 and min(proximal) > 0):
             raise ValueError(f"proximal: expected a pair of numbers above 0, got {proximal!r}")
-        if not bound > 0:
-            raise ValueError(f"bound: expected a number above 0, got {bound!r}")
-        self.proximal, self.bound = proximal, bound
+        self.proximal, self.bound = proximal, check_number("bound", bound, ends="(]")
         rows = self._rows(self.state["x"], self.state["y"])
         size = torch.linalg.vector_norm(rows, dim=-1)
         self.state["scale"] = torch.where(size > 0, 1 / size, 1)

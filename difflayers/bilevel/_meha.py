@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ._method import Evaluation, Method, Seen, norm
+from ._evaluation import Evaluation
+from ._method import Method, Seen, norm
 from ._objective import Objective
+from ._options import check_number
 from ._oracles import _gradient, _joined
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
@@ -85,11 +87,9 @@ class MEHA(Method):
         super().__init__(problem, x, y)
         self.alpha, self.beta = as_schedule("step", step), as_schedule("step_lower", step_lower)
         self.eta, self.penalty = as_schedule("step_theta", step_theta), as_schedule("penalty", penalty)
-        if not proximal > 0:
-            raise ValueError(f"proximal: expected a number above 0, got {proximal!r}")
         if nonsmooth is not None and problem.prox_lower is None:
             raise ValueError("nonsmooth: expected None for a problem without prox_lower, got a function")
-        self.proximal, self.nonsmooth = proximal, nonsmooth
+        self.proximal, self.nonsmooth = check_number("proximal", proximal), nonsmooth
         self.state["theta"] = self.state["y"].clone()
 
     def _update(self, at: Evaluation, k: int) -> Seen:

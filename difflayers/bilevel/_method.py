@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import optree
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from difflayers._checks import check_same, check_shape
 from ._argmin_layer import ArgminLayer
 from ._evaluation import Evaluation
 from ._objective import Objective
-from ._optimality import like_y
 from ._problem import OPTIONAL, Bilevel
 from ._variables import Variables
 
@@ -232,7 +230,7 @@ class Method(abc.ABC):
         if self.problem.project_upper is None:
             return x
         with torch.no_grad():
-            return like_x("project_upper", self.x_variables, self.problem.project_upper(self.x_variables.present(x)))
+            return self.x_variables.returned("project_upper", self.problem.project_upper(self.x_variables.present(x)))
 
     def _onto_joint(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The projection of both."""
@@ -241,9 +239,9 @@ class Method(abc.ABC):
             pair = self.problem.project_joint(self.x_variables.present(x), self.y_variables.present(y))
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise ValueError(f"project_joint output: expected a pair (x, y), got {type(pair).__name__}")
-            return (
-                like_x("project_joint", self.x_variables, pair[0]), like_y("project_joint", self.y_variables, pair[1])
-            )  # fmt: skip
+            both = (self.x_variables, self.y_variables)
+            new_x, new_y = (v.returned("project_joint", tree) for v, tree in zip(both, pair, strict=True))
+            return new_x, new_y
 
     def _prox(self, y: Tensor, x: Tensor, step: float) -> Tensor:
         """The prox of the lower problem, or the projection of y, at these upper variables."""
@@ -254,10 +252,10 @@ class Method(abc.ABC):
         v, variables, rows = self.y_variables.present(y), self.y_variables, len(y) if y.ndim == 2 else None
         with torch.no_grad():
             if self.x_variables.module is None:
-                return like_y(name, variables, prox(v, self.x_variables.present(x), step), rows)
+                return variables.returned(name, prox(v, self.x_variables.present(x), step), rows)
 
             def of_module(module: Any, _: Any) -> Tensor:
-                return like_y(name, variables, prox(v, module, step), rows)
+                return variables.returned(name, prox(v, module, step), rows)
 
             call = Objective(of_module, name, self.x_variables, variables, scalar=False)
             return call(self.x_variables.split(x), variables.split(y))
@@ -281,33 +279,6 @@ def _methods(base: Any) -> set[Any]:
     public = base.__module__.startswith("difflayers.") and not base.__name__.startswith("_")
     own = {base} if public and not inspect.isabstract(base) else set()
     return own.union(*(_methods(c) for c in base.__subclasses__()))
-
-
-def like_x(argument: str, variables: Variables, tree: Any) -> Tensor:
-    """What a projection returned as a vector."""
-    if variables.module is not None:
-        leaves = [tree[name] for name in variables.names]
-    else:
-        leaves, spec = optree.tree_flatten(tree)
-        if spec != variables.spec:
-            raise ValueError(f"{argument} output: expected the structure of x, {variables.spec}, got {spec}")
-    for leaf, shape in zip(leaves, variables.shapes, strict=True):
-        check_shape(f"{argument} output", leaf.shape, shape, " as x has")
-    return variables.join(leaves)
-
-
-def check_count(name: str, value: Any) -> int:
-    """Refuses anything but an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return value
-
-
-def check_ratio(value: Any) -> float:
-    """Refuses anything but a positive ratio of two steps."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"ratio: expected a number above 0, got {value!r}")
-    return float(value)
 
 
 def norm(*vectors: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._method import Method, StepStats, check_count
+from ._method import Method, StepStats
+from ._options import check_count
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,7 @@ def minimize(
     """
     if not isinstance(algo, Method):
         raise ValueError(f"algo: expected a method, got {type(algo).__name__}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps: expected an integer of at least 0, got {steps!r}")
+    check_count("steps", steps, least=0)
     check_count("record_every", record_every)
     check_count("check_every", check_every)
     upper = _endless("upper_batches", upper_batches)

@@ -12,33 +12,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor
 
 from ._active_set import active_rows, reach
 from ._curvature import Curvature
 from ._oracles import Oracles, Recorded, _gradient, _joined
-from ._variables import Variables
 
 _PRODUCTS = 12  # of the power iteration: the step need not be sharp, any positive one has the same solutions
 _CHUNK = 256  # rows of a constraint that are differentiated at a time
-
-
-def like_y(argument: str, variables: Variables, tree: Any, rows: int | None = None) -> Tensor:
-    """The result of a prox as a vector, its graph kept; with blocks, of as many rows as there came in."""
-    if variables.module is not None:
-        leaves = [tree[name] for name in variables.names]
-    else:
-        leaves, spec = optree.tree_flatten(tree)
-        if spec != variables.spec:
-            raise ValueError(f"{argument} output: expected the structure of y, {variables.spec}, got {spec}")
-    for leaf, part in zip(leaves, variables.shapes, strict=True):
-        shape = part if rows is None else (rows, *part)
-        if not isinstance(leaf, Tensor) or leaf.shape != shape:
-            got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(f"{argument} output: expected shape {tuple(shape)} as y has, got {got}")
-    return variables.join(leaves)
 
 
 def step_length(product: Callable[[Tensor], Tensor], like: Tensor, products: int = _PRODUCTS) -> Tensor:
@@ -83,7 +65,7 @@ def prox_residual(oracles: Oracles, prox: Callable[..., Any], damping: float) ->
     rows = y.blocks
 
     def moved(point: Tensor) -> Tensor:
-        return like_y(name, y, prox(y.present(point), x_tree, step), rows)
+        return y.returned(name, prox(y.present(point), x_tree, step), rows)
 
     def curvature() -> Curvature:
         """Of f + g, on the support."""

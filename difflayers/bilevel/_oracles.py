@@ -31,7 +31,6 @@ class Recorded:
         counts: Where products are counted.
         normals: ``(m, n)`` gradients of constraints whose m multipliers follow the n numbers of y; None without.
         curvature: Looks at the curvature that a minimum has, where that is not of the Jacobian itself.
-
         count: With blocks, how many products with x are means over, where it is not the rows of `value`.
 
     With blocks `value` is a matrix of one row a block, whose row i depends on row i of y alone; so are the vectors of y

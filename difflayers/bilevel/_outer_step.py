@@ -3,7 +3,6 @@ r"""What the double-loop methods share: the adjoint system :math:`H q = \nabla_y
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,11 +66,3 @@ def solve_adjoint(name: str, slope: Recorded, upper_y: Tensor, solver: LinearSol
             )
 
     return settle(q, info, "raise", name=name, phase="adjoint", diagnose=diagnose)
-
-
-def check_positive(name: str, value: Any, *, zero: bool = False) -> float:
-    """Refuses anything but a positive (or, where said, nonnegative) finite number."""
-    fine = not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < float("inf")
-    if not fine or (value == 0 and not zero):
-        raise ValueError(f"{name}: expected a {'number of at least' if zero else 'number above'} 0, got {value!r}")
-    return float(value)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from ._method import Evaluation, Seen
+from ._evaluation import Evaluation
+from ._method import Seen
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
 from ._twin import TwinMethod

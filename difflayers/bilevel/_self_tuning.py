@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from difflayers._checks import check_same, check_shape, check_tensor
 
 from ._method import StepStats, norm
+from ._options import check_number
 from ._response_layers import Point, Response, replace_layers
 
 
@@ -119,11 +120,9 @@ class SelfTuning(nn.Module):
             raise ValueError(f"module: expected an nn.Module, got {type(module).__name__}")
         if not hyperparameters:
             raise ValueError("hyperparameters: expected at least one, got none")
-        for name, value, least in (("scale", scale, 0.0), ("entropy", entropy, -1.0)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {value!r}")
+        check_number("scale", scale)
         self.ranges = {name: _range(name, h) for name, h in hyperparameters.items()}
-        self.entropy, self._point = float(entropy), Point()
+        self.entropy, self._point = check_number("entropy", entropy, ends="[)"), Point()
         self.module = replace_layers(copy.deepcopy(module), self._point, list(self.ranges))
         first = next((p for p in module.parameters() if p.requires_grad), None)
         if first is None or not any(isinstance(m, Response) for m in self.module.modules()):

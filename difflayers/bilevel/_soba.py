@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._method import Evaluation, Method, Seen, StepStats, check_count, norm
+from ._evaluation import Evaluation
+from ._method import Method, Seen, StepStats, norm
+from ._options import check_count
 from ._problem import Bilevel
 from ._schedules import Constant, Power, Schedule, as_schedule
 

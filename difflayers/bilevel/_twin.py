@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._method import Evaluation, Method, Seen, check_count, norm
+from ._evaluation import Evaluation
+from ._method import Method, Seen, norm
+from ._options import check_count
 from ._problem import Bilevel
 from ._schedules import Schedule, as_schedule
 

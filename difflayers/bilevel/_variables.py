@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from difflayers._checks import check_same, check_shape, check_tensor
-from difflayers.implicit._problem import _leaf_names
+from difflayers.implicit._arguments import leaf_names
 
 
 class Variables:
@@ -52,7 +52,7 @@ class Variables:
             self.leaves, self.spec = optree.tree_flatten(tree)
             if not self.leaves:
                 raise ValueError(f"{argument}: expected a tensor, a pytree of tensors or a module, got an empty tree")
-            labels = [argument] if self.spec.is_leaf() else _leaf_names(tree, argument)
+            labels = [argument] if self.spec.is_leaf() else leaf_names(tree, argument)
             self.names = labels
         for label, leaf in zip(labels, self.leaves, strict=True):
             check_tensor(label, leaf)
@@ -100,6 +100,32 @@ class Variables:
     def present(self, vector: Tensor) -> Any:
         """One vector in the structure of the user."""
         return self.tree(self.split(vector))
+
+    def returned(self, argument: str, tree: Any, rows: int | None = None) -> Tensor:
+        """What a function of the problem returned in their structure, as a vector with its graph.
+
+        Args:
+            argument: The function, for messages.
+            tree: What it returned.
+            rows: With blocks, of how many.
+        """
+        own = self.argument
+        got: Any
+        if self.module is not None:
+            if not isinstance(tree, dict) or set(tree) != set(self.names):
+                got = list(tree) if isinstance(tree, dict) else type(tree).__name__
+                raise ValueError(f"{argument} output: expected a dict of {self.names} as {own} has, got {got}")
+            leaves = [tree[name] for name in self.names]
+        else:
+            leaves, spec = optree.tree_flatten(tree)
+            if spec != self.spec:
+                raise ValueError(f"{argument} output: expected the structure of {own}, {self.spec}, got {spec}")
+        for leaf, part in zip(leaves, self.shapes, strict=True):
+            shape = part if rows is None else (rows, *part)
+            if not isinstance(leaf, Tensor) or leaf.shape != shape:
+                got = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise ValueError(f"{argument} output: expected shape {tuple(shape)} as {own} has, got {got}")
+        return self.join(leaves)
 
     def read(self, argument: str, tree: Any) -> Tensor:
         """Another tree of the same structure (a module, or the dict that stands for it) as a vector."""

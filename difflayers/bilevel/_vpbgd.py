@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ._method import Evaluation, Method, Seen, check_count, check_ratio, norm
+from ._evaluation import Evaluation
+from ._method import Method, Seen, norm
+from ._options import check_count, check_number
 from ._problem import Bilevel
 from ._schedules import Constant, Schedule, as_schedule
 
@@ -32,7 +34,7 @@ class _Penalised(Method):
     ) -> None:
         super().__init__(problem, x, y)
         self.penalty, self.alpha = as_schedule("penalty", penalty), as_schedule("step", step)
-        self.ratio = check_ratio(ratio)
+        self.ratio = check_number("ratio", ratio)
         if problem.project_joint is not None and self.ratio != 1:
             raise ValueError(f"ratio: expected 1 with project_joint, got {ratio}")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers._solution import Info, Status
-from difflayers.linalg import LinearSolver
+from difflayers.linalg import Cholesky, LinearSolver
 from difflayers.linalg._linear_solve import default_solver
 from difflayers.linalg._system import LinearSystem, Params
 
@@ -22,7 +22,8 @@ class Implicit:
 
     Args:
         linear_solver: A solver of :mod:`difflayers.linalg`. None: a dense factorisation for events up to 64 numbers,
-            else GMRES (CG where the Jacobian is a Hessian).
+            else GMRES (CG where the Jacobian is a Hessian). Where it is none ``Cholesky()`` is refused; CG and MINRES
+            say that they have not converged.
         damping: Multiple of the identity that is added to the Jacobian: makes a singular or indefinite Hessian
             definite, and the derivative biased.
     """
@@ -36,6 +37,11 @@ class Implicit:
 
     def solver(self, n: int, symmetric: bool) -> LinearSolver:
         """The linear solver for events of `n` numbers."""
+        if isinstance(self.linear_solver, Cholesky) and not symmetric:  # it would read one triangle alone
+            raise ValueError(
+                "adjoint: expected a linear solver for maps that are not symmetric, such as LU() or GMRES(), got "
+                "Cholesky(): only the Jacobian of a smooth minimum is a Hessian"
+            )
         solver = self.linear_solver or default_solver(n, dense=False, positive_definite=symmetric)
         return Damped(solver, self.damping) if self.damping else solver
 
@@ -70,8 +76,8 @@ class Neumann:
 class OneStep:
     """The Jacobian replaced by the identity: differentiates one update at the solution and nothing before it.
 
-    For :func:`fixed_point` only. Biased by the contraction factor of the update, and named so that nobody takes it for
-    the gradient.
+    For fixed points: :func:`fixed_point`, and :func:`argmin` with a projection or a prox. Biased by the contraction
+    factor of the update, and named so that nobody takes it for the gradient.
 
     Source: J. Bolte, E. Pauwels, S. Vaiter, One-step differentiation of iterative algorithms, 2023.
     """

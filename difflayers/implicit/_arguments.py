@@ -21,7 +21,7 @@ class Unknown:
             raise ValueError("init: expected a tensor or a pytree of tensors, got an empty tree")
         if event_ndim < 0:
             raise ValueError(f"event_ndim: expected at least 0, got {event_ndim}")
-        names = ["init"] if len(leaves) == 1 and self.spec.is_leaf() else _leaf_names(tree, "init")
+        names = ["init"] if len(leaves) == 1 and self.spec.is_leaf() else leaf_names(tree, "init")
         for name, leaf in zip(names, leaves, strict=True):
             check_tensor(name, leaf, min_ndim=event_ndim)
         check_same(zip(names, leaves, strict=True))
@@ -88,7 +88,7 @@ def check_output_dtype(out: Tensor, z: Tensor, argument: str) -> None:
         )
 
 
-def _leaf_names(tree: Any, prefix: str) -> list[str]:
+def leaf_names(tree: Any, prefix: str) -> list[str]:
     return [
         prefix + "".join(f"[{key!r}]" if isinstance(key, int | str) else f".{key}" for key in path)
         for path in optree.tree_paths(tree)
@@ -104,7 +104,7 @@ class Arguments:
         tree: Any = tuple(args)
         leaves, self.spec = optree.tree_flatten(tree)
         self.flat = flat = all(isinstance(a, Tensor) for a in tree)  # the common case needs no walk along paths
-        names = [f"args[{i}]" for i in range(len(tree))] if flat else _leaf_names(tree, "args")
+        names = [f"args[{i}]" for i in range(len(tree))] if flat else leaf_names(tree, "args")
         self.leaves = leaves
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.names = tuple(names[i] for i in self.places)

@@ -61,7 +61,8 @@ class Inequality:
     holds with equality and needs no multiplier.
 
     Args:
-        fn: ``(*batch)`` for one inequality, or ``(*batch, m)``, twice differentiable; each batch element alone.
+        fn: ``(*batch)`` for one inequality, or ``(*batch, m)``, twice differentiable; each batch element alone. Minus
+            infinity (of a bound at infinity) is no inequality.
     """
 
     fn: Callable[..., Any]
@@ -119,7 +120,9 @@ def flat_condition(one: Equality | Inequality, unknown: Unknown, arguments: Argu
     def flat(z: Tensor, *tensors: Tensor) -> Tensor:
         out = _condition(one, unknown, arguments, z, tensors)
         k = z.ndim - 1
-        return out.flatten(k) if out.ndim > k else out.unsqueeze(-1)
+        out = out.flatten(k) if out.ndim > k else out.unsqueeze(-1)
+        # a bound at infinity is none
+        return torch.where(torch.isneginf(out), -1, out) if isinstance(one, Inequality) else out
 
     return flat
 

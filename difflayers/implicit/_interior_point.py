@@ -60,8 +60,8 @@ class InteriorPoint(IterativeSolver):
     may violate the constraints. Stops where stationarity and violation are at most ``tol = atol + rtol``, and products
     of multiplier and slack ``tol**1.5``, in units of the problem (the residual that is reported, too). Then Newton
     steps on the active set sharpen the solution, and multipliers of inactive constraints are set to zero. An element
-    ends with ``INFEASIBLE`` where the multipliers certify it, or where the violation has a minimum that is not zero,
-    and with ``UNBOUNDED`` where a feasible objective falls without end. Without convexity it finds a local minimiser;
+    ends with ``INFEASIBLE`` where the violation has a minimum that is not zero (without convexity, a local one), and
+    with ``UNBOUNDED`` where a feasible objective falls without end. Without convexity it finds a local minimiser;
     equalities alone make it Newton's method on the Lagrangian.
 
     Source: A. Waechter, L. Biegler, On the implementation of an interior-point filter line-search algorithm, 2006
@@ -146,12 +146,13 @@ class InteriorPoint(IterativeSolver):
         keep = done.unsqueeze(-1)
         z_next = torch.where(keep, best._replace(lam=lam).join(), z)
 
-        infeasible = now.certified(x, E, A) & (away > tol**0.5)
+        doubtful = now.certified(x, E, A) & (away > tol**0.5)
         low = (out[..., 0] < -(eps**-0.5)) & (size(x.z) > eps**-0.75) & (away <= 1)
         unbounded = torch.isneginf(out[..., 0]) | low
         status = torch.where(~done & ~lost, int(Status.MAX_STEPS), 0)
         status = torch.where(unbounded, int(Status.UNBOUNDED), status)
-        status = torch.where(infeasible, int(Status.INFEASIBLE), status)
+        # of the linearised constraints only: the violation itself decides, in `solve`
+        status = torch.where(doubtful, int(Status.MAX_STEPS), status)
         return Step(z_next, _State(mu, penalty, shift), z, error, torch.ones_like(error), status)
 
     def solve(self, function: Any, z: Tensor) -> tuple[Tensor, Info]:
@@ -173,6 +174,8 @@ class InteriorPoint(IterativeSolver):
             again, more = self._from(parts, start, tol)
             helps = stopped & possible & (more.residual < info.residual)
             status = torch.where(stopped & ~possible, int(Status.INFEASIBLE), info.status)
+            nowhere = torch.cat([start, value[..., layout.n :]], -1)  # the point of least violation
+            value = torch.where((stopped & ~possible).unsqueeze(-1), nowhere, value)
             value = torch.where(helps.unsqueeze(-1), again, value)
             info = Info(
                 torch.where(helps, more.status, status),

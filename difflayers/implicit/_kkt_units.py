@@ -91,12 +91,11 @@ def sharpen(parts: Parts, value: Tensor, tol: float, steps: int = 4) -> tuple[Te
     one, eps = torch.ones_like(value[..., :1]), torch.finfo(value.dtype).eps
     best = first = value
     least = torch.full_like(value[..., 0], math.inf)
-    units: Units | None = None
+    # of the objective alone: multipliers without bound (no constraint qualification) would make every gradient small
+    units = Units.at(parts, value[..., :n])
+    x, restarted = units.own(value, layout), torch.zeros_like(least, dtype=torch.bool)
     for k in range(steps + 1):
         derived = derivatives(parts, value[..., :n], torch.cat([one, value[..., n:]], -1))
-        if units is None:
-            units = Units.of(layout, value[..., :n], *derived)
-            x = units.own(value, layout)
         out, J, H = units.scaled_derivatives(*derived)
         z, nu, lam = x[..., :n], x[..., n : n + p], x[..., n + p :]
         h, g = out[..., 1 : 1 + p], out[..., 1 + p :]
@@ -104,7 +103,9 @@ def sharpen(parts: Parts, value: Tensor, tol: float, steps: int = 4) -> tuple[Te
         clean = torch.cat([z, nu, torch.where(active, lam, 0)], -1)
         terms = torch.cat([one, clean[..., n:]], -1).unsqueeze(-1) * J
         largest = terms.abs().amax(-2)
-        own = torch.maximum(largest, torch.linalg.vector_norm(H, dim=-1))
+        # multipliers of rows that depend on each other cancel, whatever their size: nothing is measured against them
+        most = tol**-0.5
+        own = torch.maximum(largest, torch.linalg.vector_norm(H, dim=-1)).clamp_max(most)
         counts = (terms[..., 1 + p :, :].abs() > 0.1 * tol * own.unsqueeze(-2)).any(-1)
         lam = torch.where(active & counts, lam, 0)
         clean = torch.cat([z, nu, lam], -1)
@@ -112,7 +113,8 @@ def sharpen(parts: Parts, value: Tensor, tol: float, steps: int = 4) -> tuple[Te
         # a row was let go beside its bound: each coordinate it touches has to rest by its own numbers, however small
         close = (lam == 0) & (g > -(tol**0.25))
         touched = (close.unsqueeze(-1) & (J[..., 1 + p :, :] != 0)).any(-2)
-        whole = 1 + largest.amax(-1, keepdim=True)
+        size_of_terms = 1 + largest.amax(-1, keepdim=True)
+        whole = size_of_terms.clamp_max(most)
         unmet = torch.cat(
             [
                 slope / torch.where(touched, torch.minimum(own.clamp_min(eps), whole), whole),
@@ -130,12 +132,15 @@ def sharpen(parts: Parts, value: Tensor, tol: float, steps: int = 4) -> tuple[Te
         best = torch.where(better.unsqueeze(-1), clean, best)
         least = torch.where(better, error, least)
         # as good as rounding lets it be, or out of reach
-        if k == steps or not bool((better & (error > 1e-4 * tol) & (error < 1e-2)).any()):
+        cancel = (size_of_terms > most).squeeze(-1)
+        goes_on = cancel | restarted | (better & (error < 1e-2))
+        if k == steps or not bool((goes_on & (error > 1e-4 * tol)).any()):
             break
-        move = _active_newton(H, J, out, clean[..., n:], active, p)
+        restarted = cancel  # from no multipliers: what cancels would stay
+        near_by = torch.where(restarted.unsqueeze(-1), 0, clean[..., n:])
+        move = _active_newton(H, J, out, near_by, active, p)
         x = torch.cat([z + move[..., :n], move[..., n:]], -1)
         value = units.original(x, layout)
-    assert units is not None
     return units.original(best, layout), least
 
 

@@ -21,7 +21,6 @@ from difflayers.linalg._captured import Seen, gradients_wanted, refuse_coupling,
 from ._accelerated_proximal_gradient import AcceleratedProximalGradient
 from ._adjoints import Adjoint, Implicit, OneStep, Unrolled
 from ._arguments import Arguments, Unknown, check_output_dtype, check_output_tensor
-from ._arguments import _leaf_names as _leaf_names
 from ._composite import Composite, composite_kind
 from ._constraints import (
     ConstrainedSolution,

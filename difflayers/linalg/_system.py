@@ -77,8 +77,8 @@ class LinearSystem(ABC):
     def matrix(self, params: Params, like: Tensor) -> Tensor:
         """``A(params)`` as ``(*batch, n, n)``: one product per unit vector, all batch elements at once."""
         eye = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-        columns = torch.func.vmap(lambda e: self.apply(params, e.expand(like.shape), False), out_dims=-1)
-        return columns(eye)
+        columns = torch.func.vmap(lambda e: self.apply(params, e.expand(like.shape), False))(eye)
+        return columns.movedim(0, -1)  # out_dims=-1 brings torch down where the result does not depend on e
 
     def lift(self, in_dims: tuple[int | None, ...]) -> LinearSystem:
         """The same system with one more leading batch dimension, for ``param_ndims=None``."""

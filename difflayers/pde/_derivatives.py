@@ -110,7 +110,8 @@ def evaluated(basis: Callable[[Tensor], Tensor], points: Tensor, pde: PDE) -> Te
             )
         return out
 
-    return vmap(at, out_dims=-1 - event)(points)
+    # negative out_dims bring torch down where the basis does not depend on the point
+    return vmap(at)(points).movedim(0, -1 - event)
 
 
 class _OnGrid:

@@ -284,6 +284,16 @@ def test_a_step_that_fails_leaves_scores_and_mask_alone():
     assert pruning(data()[0]).shape == (16, 2)
 
 
+def test_nan_in_a_lower_batch_moves_nothing():
+    pruning = BilevelPruning(net(), 0.5)
+    optimizer = torch.optim.Adam(pruning.parameters())
+    before = copy.deepcopy(pruning.state_dict())
+    with pytest.raises(FloatingPointError, match="lower problem is not finite"):
+        pruning.step(squared, optimizer, data(), (data()[0] * torch.nan, data()[1]))
+    assert all(torch.equal(v, before[name]) for name, v in pruning.state_dict().items())
+    assert not optimizer.state
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -205,3 +205,15 @@ def test_bad_input_is_named():
             BOREP(p, x, y, **{name: value})
     with pytest.raises(ValueError, match="constraint: expected None for BOREP"):
         BOREP(Q.problem(constraint=lambda x, y: y, equality=True), x, y)
+
+
+def test_nan_in_a_batch_is_refused_and_leaves_no_trace():
+    p = Bilevel(lambda x, y, b: Q.problem().upper(x, y, None) * b, lambda x, y, b: Q.problem().lower(x, y, None) * b)
+    algo, twin = (BOREP(p, *start(0, 3, 4)) for _ in range(2))
+    one, nan = torch.ones((), dtype=torch.float64), torch.tensor(torch.nan, dtype=torch.float64)
+    for batches, name in (((nan, one), "adjoint"), ((one, nan), "lower gradient in y")):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"{name}: expected finite numbers"):
+                algo.step(*batches)
+        assert algo.step(one, one) == twin.step(one, one)
+        assert all(torch.equal(value, twin.state[key]) for key, value in algo.state.items())

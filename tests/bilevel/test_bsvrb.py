@@ -333,3 +333,17 @@ def test_bad_input_is_named():
     for index in ([0, 0], [3], [0.5]):
         with pytest.raises(ValueError, match="blocks: expected"):
             algo.step(batch(PARTS, [0]), batch(PARTS, [0]), blocks=index)
+
+
+@pytest.mark.parametrize(("level", "name"), [(0, "adjoint direction"), (1, "lower gradient in y")])
+def test_nan_in_a_batch_is_refused_and_leaves_no_trace(level, name):
+    algo, twin = (BSVRB(problem(PARTS), start(0, N)[0], tensor(np.ones((M, D)))) for _ in range(2))
+    index = [0, 2]
+    good = [batch(PARTS, index), batch(PARTS, index)]
+    for _ in range(2):
+        bad = list(good)
+        bad[level] = {key: t * torch.nan if t.is_floating_point() else t for key, t in good[level].items()}
+        with pytest.raises(ValueError, match=f"{name}: expected finite numbers"):
+            algo.step(*bad, blocks=index)
+        assert algo.step(*good, blocks=index) == twin.step(*good, blocks=index)
+    assert all(torch.equal(value, twin.state[key]) for key, value in algo.state.items())

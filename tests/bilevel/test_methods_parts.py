@@ -261,3 +261,20 @@ def test_parts_that_exclude_each_other():
             Q.problem(**{part: 3})
     with pytest.raises(ValueError, match=r"group: expected None or a process group of torch.distributed, got str"):
         Q.problem(group="gloo")
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: 1.0, "project_upper output: expected shape \\(2,\\) as x has, got float"),
+        (lambda x: x[:1], "project_upper output: expected shape \\(2,\\) as x has, got \\(1,\\)"),
+        (lambda x: (x, x), "project_upper output: expected the structure of x"),
+    ],
+)
+def test_what_a_projection_returns_is_checked(returned, message):
+    problem = Bilevel(lambda x, y, b: y.sum() ** 2, lambda x, y, b: (y - x).square().sum(), project_upper=returned)
+    with pytest.raises(ValueError, match=message):
+        SOBA(problem, torch.zeros(2), torch.zeros(2)).step()
+    bad_module = Bilevel(problem.upper, lambda x, y, b: (y - x.weight).square().sum(), project_upper=lambda x: [])
+    with pytest.raises(ValueError, match=r"expected a dict of \['weight'\] as x has, got list"):
+        SOBA(bad_module, torch.nn.Linear(1, 1, bias=False), torch.zeros(1)).step()

@@ -194,6 +194,21 @@ def test_lvhba_with_inequalities_and_a_projection_of_its_own():
         assert float(algo.state["lambda"].min()) >= 0
 
 
+def test_lvhba_at_its_default_steps_where_the_lower_problem_is_flat():
+    """By hand, f flat along y: the gap y - theta becomes (1 + step)(1 - step_inner) times itself at every step."""
+    problem = Bilevel(
+        lambda x, y, b: x.square().sum(),
+        lambda x, y, b: 0 * (x.sum() + y.sum()),
+        constraint=lambda x, y: x - 1,
+        equality=True,
+    )
+    algo = LVHBA(problem, tensor([1.0]), tensor([0.0]))
+    algo.state["theta"] = algo.state["theta"] + 1
+    for _ in range(320):
+        algo.step()
+    np.testing.assert_allclose(algo.y - algo.state["theta"], -((1.05 * 0.9) ** 320), rtol=1e-6)
+
+
 def test_lvhba_on_many_variables():
     """At n = 100 the published toy diverges at its shipped steps; rows of norm one do not know the dimension."""
     x, y1, y2 = start(0, 100, 100, 100)

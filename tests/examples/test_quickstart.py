@@ -30,7 +30,7 @@ def test_quickstart_writes_one_self_contained_page(tmp_path, capsys):
     page = quickstart.main(["--tiny", "--out", str(tmp_path)])
     html = page.read_text(encoding="utf-8")
     assert page == tmp_path / "index.html"
-    assert html.count("<h2>") == 6 and html.count("data:image/png;base64,") == 24
+    assert html.count("<h2>") == 7 and html.count("data:image/png;base64,") == 27
     assert 'name="viewport"' in html and "A tiny run" in html
     links = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert all(link.startswith(("data:", "#")) for link in links)

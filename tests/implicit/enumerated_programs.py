@@ -1,4 +1,4 @@
-"""Strictly convex quadratic programs solved by trying all active sets, in numpy: an oracle that no solver is part of."""
+"""Strictly convex quadratic programs solved by trying all active sets in numpy: an oracle without any solver."""
 
 from __future__ import annotations
 

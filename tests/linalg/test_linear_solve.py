@@ -622,3 +622,10 @@ def test_options_out_of_range_are_named(solver):
     for name, bad in (("rtol", -1.0), ("atol", -1.0), ("max_steps", -1), ("max_steps", True), ("check_every", 0)):
         with pytest.raises(ValueError, match=f"{name}: expected"):
             solver(**{name: bad})
+
+
+@pytest.mark.parametrize("solver", [LU(), QR()], ids=name)
+def test_an_operator_that_ignores_its_vector_is_singular(solver):
+    nothing = LinearOperator(lambda p, v: 0 * p[0], (torch.ones(3, dtype=F64),))
+    with pytest.raises(SolveError):
+        linear_solve(nothing, torch.ones(3, dtype=F64), solver=solver)
