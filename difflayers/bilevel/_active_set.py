@@ -11,19 +11,28 @@ from torch import Tensor
 
 
 def reach(dtype: torch.dtype) -> float:
-    """How near to its bound a row counts as holding, and how small a multiplier counts as zero; both relative."""
+    """How near to its bound a row may hold, relative to the length of the problem."""
     return torch.finfo(dtype).eps ** (1 / 3)
 
 
-def active_rows(g: Tensor, A: Tensor, slope: Tensor, y: Tensor, scale: Tensor, numbers: Tensor) -> Tensor:
+def length_of(y: Tensor, slope: Tensor, bend: Tensor) -> Tensor:
+    """What distances are compared with: the norm of y, or of the way to the minimum without constraints.
+
+    The latter where y is zero, or nearly; at most 1, since a slope without curvature leads anywhere.
+    """
+    free = torch.linalg.vector_norm(slope) / torch.where(bend > 0, bend, 1)
+    return torch.maximum(torch.linalg.vector_norm(y), torch.where(bend > 0, free, 1).clamp_max(1))
+
+
+def active_rows(g: Tensor, A: Tensor, slope: Tensor, length: Tensor, bend: Tensor, numbers: Tensor) -> Tensor:
     """Places of the rows with a positive multiplier.
 
     Args:
         g: ``(m,)`` values of the constraint.
         A: ``(m, n)`` their gradients in y.
         slope: ``(n,)`` gradient of the objective in y.
-        y: ``(n,)`` the point.
-        scale: What the gradient is to be compared with.
+        length: What distances are compared with.
+        bend: Size of the Hessian.
         numbers: ``(m,)`` what messages call the rows.
 
     Raises:
@@ -33,8 +42,8 @@ def active_rows(g: Tensor, A: Tensor, slope: Tensor, y: Tensor, scale: Tensor, n
     lengths = torch.linalg.vector_norm(A, dim=-1)
     there = lengths > 0
     distance = torch.where(there, g / torch.where(there, lengths, 1), g)
-    near = delta * torch.linalg.vector_norm(y).clamp_min(1)
-    if bool((distance > near).any()):
+    near, scale = delta * length, bend * length
+    if bool((distance > delta * length.clamp_min(1)).any()):
         i = int(distance.argmax())
         raise ValueError(f"y: expected a point where constraint <= 0, got {float(g[i]):.3g} in row {int(numbers[i])}")
     rows = (there & (distance >= -near)).nonzero().flatten()
@@ -50,7 +59,10 @@ def active_rows(g: Tensor, A: Tensor, slope: Tensor, y: Tensor, scale: Tensor, n
             "y: expected a solution of the lower problem, got a point where the constraint holds nothing back in row "
             f"{int(numbers[i])}, which is at its bound: its multiplier would be negative"
         )
-    return rows[weights > delta * torch.maximum(torch.linalg.vector_norm(t), scale.double())]
+    # a multiplier has to stand out from rounding, from what no row explains, and from the slope on the way to its bound
+    rounding = delta**2 * torch.maximum(torch.linalg.vector_norm(t), scale.double())
+    unexplained = 10 * torch.maximum(torch.linalg.vector_norm(held), bend.double() * distance[rows].double().abs())
+    return rows[weights > torch.maximum(rounding, unexplained)]
 
 
 def nonnegative(G: Tensor, c: Tensor) -> Tensor:

@@ -92,9 +92,10 @@ def hypergradient(
     adjoint system is solved for each, all at once; the gradient is that of the mean.
 
     Inequalities that hold y are read off y itself: rows nearer to their bound than ``eps^(1/3)`` (6e-6 in double, 5e-3
-    in single precision) times the norm of y, at least 1, whose multipliers, a nonnegative least-squares fit of the
-    lower gradient, are above the same multiple of that gradient, count as equalities. Others are absent; so is a weakly
-    active one (at its bound without a multiplier), where only one-sided derivatives exist.
+    in single precision) times the norm of y (where that is small: times the way to the minimum without constraints)
+    count as equalities if their multipliers, a nonnegative least-squares fit of the lower gradient, are above
+    ``eps^(2/3)`` of that gradient and ten times what the fit leaves over. Others are absent; so is a weakly active one
+    (at its bound without a multiplier), where only one-sided derivatives exist.
 
     A y that is no minimum is noticed by curvature. CG sees that of every direction it takes, Cholesky all of it.
     MINRES, GMRES and other solvers that end well on a saddle are judged by the first 6 products they ask for, a prox
@@ -188,7 +189,10 @@ def _solve(oracles: Oracles, adjoint: Adjoint | None, init: Any, on_failure: OnF
         q, info = solver.solve(system, (), factors, b, True, q0)
         if factors or isinstance(solver, MFACSolver):  # which do not look
             info = info._replace(residual=torch.linalg.vector_norm(system.apply((), q, True) - b, dim=-1))
-        info = info._replace(residual=info.residual * scale.squeeze(-1))
+        # a quadratic objective has no NaN in its products: what came in shows in the slope and in the upper objective
+        lost = ~torch.isfinite(recorded.gap if problem.blocks is not None else recorded.gap + value)
+        status = torch.where(lost, int(Status.DIVERGED), info.status)
+        info = info._replace(residual=info.residual * scale.squeeze(-1), status=status)
         if isinstance(adjoint, Implicit | None) and not isinstance(recorded, Differences) and recorded.curvature:
             return q * scale, _bent(info, recorded.curvature().negative(), Status.SINGULAR)
         series = isinstance(adjoint, Neumann | OneStep)

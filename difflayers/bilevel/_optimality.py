@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._active_set import active_rows, reach
+from ._active_set import active_rows, length_of, reach
 from ._curvature import Curvature
 from ._oracles import Oracles, Recorded, _gradient, _joined
 
@@ -72,6 +72,14 @@ def prox_residual(oracles: Oracles, prox: Callable[..., Any], damping: float) ->
         point = y.join(oracles.y) - step * slope.value
         return support_curvature(lambda v: slope.pull(v) + damping * v, moved, point, step)
 
+    if name == "project_lower":
+        point = y.join(oracles.y).detach()
+        with torch.no_grad():
+            away = torch.linalg.vector_norm(point - moved(point), dim=-1)
+        if bool((away > reach(point.dtype) * torch.linalg.vector_norm(point, dim=-1).clamp_min(1)).any()):
+            raise ValueError(
+                f"y: expected a point of the set that project_lower projects onto, got one {float(away.max()):.3g} away"
+            )
     with torch.enable_grad():
         here = y.join(oracles.y)
         value = here - moved(here - step * _damped(oracles, damping))
@@ -109,8 +117,9 @@ def kkt_residual(oracles: Oracles, constraint: Callable[..., Any], damping: floa
         if oracles.problem.equality:
             _, A = _rows(oracles, h)
         else:
-            index, A = _rows(oracles, h, reach(h.dtype) * size.clamp_min(1))
-            active = active_rows(h.detach()[index], A, slope.value.detach(), at, bend * size.clamp_min(1), index)
+            length = length_of(at, slope.value.detach(), bend)
+            index, A = _rows(oracles, h, reach(h.dtype) * length)
+            active = active_rows(h.detach()[index], A, slope.value.detach(), length, bend, index)
             h, A = h[index[active]], A[active]
         # rows as large as H, whatever the units of the constraint: iterations see the condition of the whole
         lengths, bend = torch.linalg.vector_norm(A, dim=-1), torch.where(bend > 0, bend, 1)

@@ -44,9 +44,10 @@ class Bilevel:
         constraint: None, or ``fn(x, y) -> tensor`` (any shape) of the lower problem.
         equality: The constraint is ``= 0``; otherwise ``<= 0``.
         blocks: None, or the number m of independent lower problems that share x. Every tensor of y then is of shape
-            ``(m, ...)``; `upper` and `lower` return ``(m,)`` tensors, whose entry i depends on ``y[i]`` alone. The
-            upper objective is the mean of its m values, each lower one is minimised for itself. No module as y:
-            ``torch.func.stack_module_state`` makes tensors of many.
+            ``(m, ...)``; `upper` and `lower` return ``(m,)`` tensors, whose entry i depends on ``y[i]`` alone
+            (:class:`ArgminLayer` checks that of `lower`, nobody of the others). The upper objective is the mean of its
+            m values, each lower one is minimised for itself. No module as y: ``torch.func.stack_module_state`` makes
+            tensors of many.
         group: None, or a process group of ``torch.distributed`` (``torch.distributed.group.WORLD``, of a mesh
             ``mesh.get_group()``): the data are divided among its processes, and each function stands for the mean over
             them. A module in x or y that is wrapped in ``DistributedDataParallel`` brings its group along. See below.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from difflayers._solution import Info, Status
-from difflayers.linalg import Cholesky, LinearSolver
+from difflayers.linalg import LinearSolver
 from difflayers.linalg._linear_solve import default_solver
 from difflayers.linalg._system import LinearSystem, Params
 
@@ -37,11 +37,6 @@ class Implicit:
 
     def solver(self, n: int, symmetric: bool) -> LinearSolver:
         """The linear solver for events of `n` numbers."""
-        if isinstance(self.linear_solver, Cholesky) and not symmetric:  # it would read one triangle alone
-            raise ValueError(
-                "adjoint: expected a linear solver for maps that are not symmetric, such as LU() or GMRES(), got "
-                "Cholesky(): only the Jacobian of a smooth minimum is a Hessian"
-            )
         solver = self.linear_solver or default_solver(n, dense=False, positive_definite=symmetric)
         return Damped(solver, self.damping) if self.damping else solver
 

@@ -72,9 +72,10 @@ def argmin(
 
     Raises:
         ValueError: For bad input, naming the argument; a captured tensor; batch elements that see each other.
-        SolveError: If an element failed (``INFEASIBLE``: the constraints have no common point), or in backward if the
-            Hessian is singular there. Under equalities and inequalities: if the gradients of those that are active
-            depend on each other, or the Hessian of the Lagrangian is not positive definite along them.
+        SolveError: If an element failed (``INFEASIBLE``: the constraints have no common point, without convexity none
+            near the start), or in backward if the Hessian is singular there. Under equalities and inequalities: if the
+            gradients of those that are active depend on each other, or the Hessian of the Lagrangian is not positive
+            definite along them.
 
     Differentiable in every tensor of `args`, to any order, forward and reverse. An inequality that holds with equality
     and has no multiplier counts as absent; on the boundary of a projection's set its own derivative decides.

@@ -61,8 +61,10 @@ class InteriorPoint(IterativeSolver):
     of multiplier and slack ``tol**1.5``, in units of the problem (the residual that is reported, too). Then Newton
     steps on the active set sharpen the solution, and multipliers of inactive constraints are set to zero. An element
     ends with ``INFEASIBLE`` where the violation has a minimum that is not zero (without convexity, a local one), and
-    with ``UNBOUNDED`` where a feasible objective falls without end. Without convexity it finds a local minimiser;
-    equalities alone make it Newton's method on the Lagrangian.
+    with ``UNBOUNDED`` where a feasible objective falls without end. Without convexity it finds a local minimiser,
+    but stays where it starts on a maximiser or saddle (a backward pass then raises), and so may the status
+    ``INFEASIBLE`` belong to the neighbourhood of the start alone. Equalities alone make it Newton's method on the
+    Lagrangian.
 
     Source: A. Waechter, L. Biegler, On the implementation of an interior-point filter line-search algorithm, 2006
     (barrier, steps, inertia).

@@ -15,6 +15,7 @@ from torch.func import vmap
 
 from difflayers._checks import broadcast_batch, check_same, check_shape, compute_dtype
 from difflayers._solution import Info, OnFailure, Solution, check_policy
+from difflayers.linalg import Cholesky
 from difflayers.linalg._autodiff import autocasting, forward_mode, opaque, transforms_active
 from difflayers.linalg._captured import Seen, gradients_wanted, refuse_coupling, refuse_held, refuse_probed, refuse_seen
 
@@ -305,6 +306,11 @@ def _checked_adjoint(kind: Kind, adjoint: Adjoint, solver: IterativeSolver, layo
                 f"definite), got {got}"
             )
         return adjoint if adjoint.linear_solver is not None else Implicit(KKTFactorisation(layout.n, layout.p))
+    if isinstance(adjoint, Implicit) and isinstance(adjoint.linear_solver, Cholesky) and not kind.symmetric:
+        raise ValueError(
+            f"adjoint: expected a linear solver for maps that are not symmetric for {kind.name}, such as LU() or "
+            "GMRES(), got Cholesky(), which reads one triangle of the Jacobian"
+        )
     if isinstance(adjoint, OneStep) and not kind.one_step:
         raise ValueError(f"adjoint: expected Implicit, Neumann or Unrolled for {kind.name}, got OneStep()")
     if isinstance(adjoint, Unrolled) and not solver.differentiable:
