@@ -6,8 +6,12 @@ rows that hold with equality and :math:`\nu \ge 0`.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
+
+from difflayers._solution import SolveWarning, _stacklevel
 
 
 def reach(dtype: torch.dtype) -> float:
@@ -59,10 +63,26 @@ def active_rows(g: Tensor, A: Tensor, slope: Tensor, length: Tensor, bend: Tenso
             "y: expected a solution of the lower problem, got a point where the constraint holds nothing back in row "
             f"{int(numbers[i])}, which is at its bound: its multiplier would be negative"
         )
-    # a multiplier has to stand out from rounding, from what no row explains, and from the slope on the way to its bound
-    rounding = delta**2 * torch.maximum(torch.linalg.vector_norm(t), scale.double())
-    unexplained = 10 * torch.maximum(torch.linalg.vector_norm(held), bend.double() * distance[rows].double().abs())
-    return rows[weights > torch.maximum(rounding, unexplained)]
+    if bool((weights > 0).sum() < len(rows)) and int(torch.linalg.matrix_rank(B)) < len(rows):
+        # of dependent rows the nearest
+        weights = nonnegative(B @ B.mT, B @ t + bend.double() * distance[rows].double())
+    # a multiplier has to stand out from rounding, from what no row explains, and from the slope on the way to its
+    # bound; one that is not small counts also where y is inexact
+    size = torch.maximum(torch.linalg.vector_norm(t), scale.double())
+    noise = torch.maximum(torch.linalg.vector_norm(held), bend.double() * distance[rows].double().abs())
+    noise = torch.maximum(noise, 10 * torch.finfo(g.dtype).eps * size)
+    clear = weights > 10 * noise
+    kept = clear | (weights > delta * size)
+    doubtful = ~clear & (kept | (weights > noise))
+    if bool(doubtful.any()):
+        warnings.warn(
+            f"hypergradient: whether rows {numbers[rows[doubtful]].tolist()[:10]} of the constraint hold y cannot be "
+            f"told: their multipliers are at most ten times the lower stationarity of y, {float(noise.max()):.2e}. "
+            "Solve the lower problem further.",
+            SolveWarning,
+            stacklevel=_stacklevel(),
+        )
+    return rows[kept]
 
 
 def nonnegative(G: Tensor, c: Tensor) -> Tensor:

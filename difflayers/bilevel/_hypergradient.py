@@ -89,13 +89,16 @@ def hypergradient(
     Solves ``H q = grad_y upper`` at ``(x, y)`` and returns ``grad_x upper - J q``, where H is the Hessian of the lower
     objective in y and J its mixed derivative. With a prox or a projection of y the system is that of its fixed point
     (support-aware: zero through coordinates that rest at a kink), with constraints the KKT system. With blocks one
-    adjoint system is solved for each, all at once; the gradient is that of the mean.
+    adjoint system is solved for each, all at once; the gradient is that of the mean. That no block sees another is not
+    checked: where one does, the result is wrong.
 
     Inequalities that hold y are read off y itself: rows nearer to their bound than ``eps^(1/3)`` (6e-6 in double, 5e-3
     in single precision) times the norm of y (where that is small: times the way to the minimum without constraints)
     count as equalities if their multipliers, a nonnegative least-squares fit of the lower gradient, are above
-    ``eps^(2/3)`` of that gradient and ten times what the fit leaves over. Others are absent; so is a weakly active one
-    (at its bound without a multiplier), where only one-sided derivatives exist.
+    ``eps^(1/3)`` of that gradient, or above ``100 eps`` of it and ten times what the fit leaves over. Others are
+    absent; so is a weakly active one (at its bound without a multiplier), where only one-sided derivatives exist. A
+    multiplier that y is too inexact to tell from zero is a :class:`~difflayers.SolveWarning`. A y that is farther than
+    ``eps^(1/3)`` times its norm, at least 1, outside of its set or constraint is refused.
 
     A y that is no minimum is noticed by curvature. CG sees that of every direction it takes, Cholesky all of it.
     MINRES, GMRES and other solvers that end well on a saddle are judged by the first 6 products they ask for, a prox
@@ -190,7 +193,11 @@ def _solve(oracles: Oracles, adjoint: Adjoint | None, init: Any, on_failure: OnF
         if factors or isinstance(solver, MFACSolver):  # which do not look
             info = info._replace(residual=torch.linalg.vector_norm(system.apply((), q, True) - b, dim=-1))
         # a quadratic objective has no NaN in its products: what came in shows in the slope and in the upper objective
-        lost = ~torch.isfinite(recorded.gap if problem.blocks is not None else recorded.gap + value)
+        lost = ~torch.isfinite(recorded.value.detach()).all(-1)
+        if problem.blocks is None:
+            lost = lost | torch.isnan(value)
+        else:  # NaN of x alone is in no block's slope
+            lost = lost | (torch.isnan(value) & torch.isfinite(upper_y).all() & ~lost.any())
         status = torch.where(lost, int(Status.DIVERGED), info.status)
         info = info._replace(residual=info.residual * scale.squeeze(-1), status=status)
         if isinstance(adjoint, Implicit | None) and not isinstance(recorded, Differences) and recorded.curvature:

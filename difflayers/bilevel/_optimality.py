@@ -72,7 +72,7 @@ def prox_residual(oracles: Oracles, prox: Callable[..., Any], damping: float) ->
         point = y.join(oracles.y) - step * slope.value
         return support_curvature(lambda v: slope.pull(v) + damping * v, moved, point, step)
 
-    if name == "project_lower":
+    def refuse_outside() -> None:
         point = y.join(oracles.y).detach()
         with torch.no_grad():
             away = torch.linalg.vector_norm(point - moved(point), dim=-1)
@@ -80,6 +80,12 @@ def prox_residual(oracles: Oracles, prox: Callable[..., Any], damping: float) ->
             raise ValueError(
                 f"y: expected a point of the set that project_lower projects onto, got one {float(away.max()):.3g} away"
             )
+
+    if name == "project_lower":
+        if oracles.group is not None and rows is not None:
+            oracles.group.together(refuse_outside, slope.value.device)
+        else:
+            refuse_outside()
     with torch.enable_grad():
         here = y.join(oracles.y)
         value = here - moved(here - step * _damped(oracles, damping))

@@ -6,9 +6,12 @@ s where x < 1 and 0 where x > 1; with upper = sum(y) the hypergradient is that.
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
+from difflayers import SolveWarning
 from difflayers.bilevel import Bilevel, hypergradient
 
 
@@ -46,10 +49,57 @@ def test_small_multipliers_beside_large_ones(dtype, above):
     torch.testing.assert_close(found.grad, torch.tensor([0.0, 0.0, 1.0], dtype=dtype), atol=1e-6, rtol=0)
 
 
+def test_a_small_multiplier_beside_a_stiff_row():
+    """Multipliers 2e-5 and 2e6: both rows hold, y = (x0, 1, 1)."""
+    k = torch.tensor([1.0, 1e-3, 1e3], dtype=torch.float64)
+    problem = Bilevel(total, lambda x, y, batch: (k * (y - x).square()).sum(), constraint=lambda x, y: y[1:] - 1)
+    x = torch.tensor([1.0, 1.01, 1e3], dtype=torch.float64)
+    expected = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(hypergradient(problem, x, x.clamp(max=1)).grad, expected, atol=1e-8, rtol=0)
+
+
 def test_a_row_near_its_bound_without_a_multiplier_is_absent():
     problem = Bilevel(total, lambda x, y, batch: (y - x).square().sum() / 2, constraint=lambda x, y: y - 1)
     x = torch.tensor([1 - 1e-7, 1.0], dtype=torch.float64)
     torch.testing.assert_close(hypergradient(problem, x, x).grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("error", [1e-6, 1e-3, 1e-2])
+@pytest.mark.parametrize("above", [2.0, 0.05, 5e-3])
+def test_an_inexact_point_keeps_its_rows(error, above):
+    """y = (1, 0.5) is off in the coordinate that is free: the other stays at its bound, multiplier `above`."""
+    problem = Bilevel(total, lambda x, y, batch: (y - x).square().sum() / 2, constraint=lambda x, y: y - 1)
+    x = torch.tensor([1 + above, 0.5], dtype=torch.float64)
+    y = torch.tensor([1.0, 0.5 + error], dtype=torch.float64)
+    doubt = above <= 10 * error
+    with pytest.warns(SolveWarning, match=r"whether rows \[0\]") if doubt else contextlib.nullcontext():
+        found = hypergradient(problem, x, y)
+    torch.testing.assert_close(found.grad, torch.tensor([0.0, 1.0], dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_of_parallel_rows_the_nearest_holds(order):
+    """y1 <= x2 holds y1 = 1; y1 <= 2 x2 + 1e-3 is 1.001 away, which is little next to y0 = 1e6."""
+    problem = Bilevel(
+        total,
+        lambda x, y, batch: (y - x[:2]).square().sum() / 2,
+        constraint=lambda x, y: torch.stack([y[1] - x[2], y[1] - 2 * x[2] - 1e-3])[order],
+    )
+    x, y = torch.tensor([1e6, 3.0, 1.0], dtype=torch.float64), torch.tensor([1e6, 1.0], dtype=torch.float64)
+    expected = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(hypergradient(problem, x, y).grad, expected, atol=1e-9, rtol=0)
+
+
+def test_nan_in_an_x_of_the_upper_level_alone():
+    for blocks in (None, 3):
+        problem = Bilevel(
+            lambda x, y, batch: y.sum(-1) + x[2],
+            lambda x, y, batch: (y - x[:2]).square().sum(-1) / 2,
+            blocks=blocks,
+        )
+        y = torch.tensor([1.0, 2.0]) if blocks is None else torch.tensor([1.0, 2.0]).repeat(3, 1)
+        with pytest.raises(ValueError, match=r"^x: expected finite numbers"):
+            hypergradient(problem, torch.tensor([1.0, 2.0, torch.nan]), y)
 
 
 @pytest.mark.parametrize("where", ["x", "y"])

@@ -38,7 +38,7 @@ def distance(z: Tensor, x: Tensor, *_: Tensor) -> Tensor:
 
 DISC = (
     Equality(lambda z, *args: (args[-3] * z).sum(-1) - args[-2]),
-    Inequality(lambda z, *args: (z.square().sum(-1) - args[-1].square()) / 2),
+    Inequality(lambda z, *args: (z.square().sum(-1) * args[-1].reciprocal().square() - 1) / 2),
 )
 NEAREST = (numbers([[1.0, 2.0, -1.0], [0.5, 0.1, 0.3]]), numbers([1.0, -0.5, 0.3]), numbers(0.4), numbers(1.1))
 
