@@ -85,10 +85,19 @@ class CG(LinearSolver):
         length, rhs, init, tol = _scaled(rhs, init, self.atol, self.rtol)
         x = torch.zeros_like(rhs) if init is None else init
         r = rhs if init is None else rhs - product(x)
+        solve = self._alone if rhs.ndim == 1 and self.check_every == 1 else self._together
+        x, norm, steps, ended = solve(product, params, x, r, tol)
+        broken = ended & (norm > tol)  # of those that have ended: what met a direction without curvature
+        return _finish(x, _norm(rhs - product(x)), tol, steps, broken, length, ended)
+
+    def _together(
+        self, product: Callable[[Tensor], Tensor], params: Params, x: Tensor, r: Tensor, tol: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Iterate, norm of its residual, steps, elements that have ended."""
         z = self.preconditioner(params, r) if self.preconditioner else r
         p, rz, norm = z, _dot(r, z), _norm(r)
         active = norm > tol
-        steps = torch.zeros(norm.shape, dtype=torch.int64, device=rhs.device)
+        steps = torch.zeros(norm.shape, dtype=torch.int64, device=r.device)
         for k in range(self.max_steps):
             if self.check_every and k % self.check_every == 0 and not bool(active.any()):
                 break
@@ -105,9 +114,32 @@ class CG(LinearSolver):
             steps = steps + active
             norm = _norm(r) if self.preconditioner else rz.sqrt()
             active = active & (norm > tol)
-        # of those that have ended, what is above the tolerance met a direction without curvature
-        broken = ~active & (norm > tol)
-        return _finish(x, _norm(rhs - product(x)), tol, steps, broken, length, ~active)
+        return x, norm, steps, ~active
+
+    def _alone(
+        self, product: Callable[[Tensor], Tensor], params: Params, x: Tensor, r: Tensor, tol: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same for one system: the loop ends with it, so nothing is masked, which is half of the small work."""
+        z = self.preconditioner(params, r) if self.preconditioner else r
+        p, rz, norm = z, torch.linalg.vecdot(r, z), _norm(r)
+        last, bent, active, k = (x, norm), None, norm > tol, 0
+        while k < self.max_steps and bool(active):
+            Ap = product(p)
+            curvature = torch.linalg.vecdot(p, Ap)
+            alpha = rz / curvature
+            last, x = (x, norm), torch.addcmul(x, alpha, p)
+            r = torch.addcmul(r, alpha, Ap, value=-1)
+            z = self.preconditioner(params, r) if self.preconditioner else r
+            rz, before = torch.linalg.vecdot(r, z), rz
+            p = torch.addcmul(z, rz / before, p)
+            norm = torch.linalg.vector_norm(r) if self.preconditioner else rz.sqrt()
+            bent = ~(curvature > 0)
+            active = (norm > tol) & ~bent
+            k += 1
+        steps = torch.full(tol.shape, k, dtype=torch.int64, device=r.device)
+        if bent is not None:  # the step along such a direction is taken back
+            x, norm, steps = torch.where(bent, last[0], x), torch.where(bent, last[1], norm), steps - bent.long()
+        return x, norm.reshape(tol.shape), steps, ~active.reshape(tol.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
