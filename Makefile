@@ -12,16 +12,18 @@ export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint format docs bench clean
+.PHONY: help demo test test-all lint format docs gallery bench integrity clean
 
 help:
-	@echo "make demo      train and explain a small network with an implicit layer (out/quickstart/)"
-	@echo "make test      tests without the slow ones"
+	@echo "make demo      real data with and without a layer of each family (out/quickstart/)"
+	@echo "make test      tests without the slow ones; TORCH=2.6.0 in an environment with that torch"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make format    let ruff repair what it can"
-	@echo "make docs      documentation (docs/_build/html/)"
-	@echo "make bench     benchmarks against peers (benchmarks/results/)"
+	@echo "make docs      documentation, its examples in their quick form (docs/_build/html/)"
+	@echo "make gallery   documentation, its examples as they are meant: half an hour"
+	@echo "make bench     benchmarks against peers (benchmarks/results/, docs/benchmarks.md): hours"
+	@echo "make integrity derivatives and failures of peers and ours (integrity/results.json, docs/integrity.md)"
 	@echo "make clean     remove what the targets above have made, .venv too"
 
 # ---------------------------------------------------------------------------------------------------------- set-up
@@ -77,9 +79,17 @@ format: .venv/.dev
 docs: .venv/.docs
 	$(BIN)/sphinx-build -W -n --keep-going -b html docs docs/_build/html
 
+gallery: export DIFFLAYERS_GALLERY := full
+gallery: docs
+
 bench: export OMP_NUM_THREADS := $(BENCH_THREADS)
 bench: .venv/.bench
 	$(BIN)/python -m benchmarks --threads $(BENCH_THREADS)
+	$(BIN)/python -m benchmarks --page
+
+integrity: export OMP_NUM_THREADS := 1
+integrity: .venv/.bench
+	$(BIN)/python -m integrity
 
 clean:
 	rm -rf .venv build dist out docs/_build benchmarks/results/scratch

@@ -1,0 +1,1 @@
+"""The problems and their contenders, a family a module; each has `subjects()`."""
