@@ -1,10 +1,14 @@
-"""`python -m benchmarks [name ...]` runs every `bench_<name>.py` beside this file, or those named."""
+"""`python -m benchmarks [name ...]` runs every `bench_<name>.py` beside this file, or those named.
+
+`python -m benchmarks --page` measures nothing: it writes `docs/benchmarks.md` and its figures from the stored results.
+"""
 
 import argparse
 import importlib
 import sys
 from pathlib import Path
 
+from benchmarks import figures, page
 from benchmarks.harness import Options
 
 HERE = Path(__file__).parent
@@ -18,11 +22,19 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, the same for every contender")
     parser.add_argument("--repetitions", type=int, default=9, help="samples per contender, at least 5")
     parser.add_argument("--scratch", action="store_true", help="write to results/scratch/, which is not tracked")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/benchmarks.md from the stored results; run none"
+    )
     parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "CONTENDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(NAMES)
     if unknown:
         parser.error(f"no benchmark called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    if arguments.page:
+        figures.draw_all()
+        page.PAGE.write_text(page.page(), encoding="utf-8")
+        print(page.PAGE)
+        return 0
     options = Options(
         device=arguments.device,
         threads=arguments.threads,

@@ -70,6 +70,7 @@ def test_run_writes_what_a_reader_needs(tmp_path, capsys):
     assert ours["ratio_to_ours"] == 1.0 and ours["relative_error"] == 0.0
     assert peer["relative_error"] == pytest.approx(0.1)
     assert len(peer["seconds"]) == 5
+    assert peer["target"] is None  # infinity is no JSON
 
 
 def test_peak_memory_sees_a_temporary():
