@@ -255,14 +255,13 @@ def _stacklevel() -> int:
 
 def _describe(info: Info, failed: Tensor, name: str, phase: str) -> str:
     where = [tuple(index) for index in failed.nonzero().tolist()]
-    shown = (
-        ", ".join(str(index[0] if len(index) == 1 else index) for index in where[:8]) if failed.ndim else "the only one"
-    )
+    shown = ", ".join(str(index[0] if len(index) == 1 else index) for index in where[:8])
     more = f" and {len(where) - 8} more" if len(where) > 8 else ""
+    which = f" (elements {shown}{more})" if failed.ndim else ""
     kinds = sorted({Status(int(code)) for code in info.status[failed].unique()})
     causes = "; ".join(f"{kind.name}: {_CAUSES[kind]}" for kind in kinds)
     return (
-        f"{name} ({phase}): {len(where)} of {failed.numel()} batch elements failed (elements {shown}{more}). "
+        f"{name} ({phase}): {len(where)} of {failed.numel()} batch elements failed{which}. "
         f"Likely causes of {causes}. The error's `.solution` carries every element; "
         'on_failure="nan" returns NaN for these alone.'
     )

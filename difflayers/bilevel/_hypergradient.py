@@ -110,7 +110,8 @@ def hypergradient(
         problem: The problem.
         x: Upper variables: tensor, pytree of tensors, or module.
         y: Lower variables, at (or near) the lower solution: the error of the hypergradient is proportional to theirs.
-        batch: None, or ``(upper_batch, lower_batch)``, handed to the two functions as they are.
+        batch: None, or ``(upper_batch, lower_batch)``, handed to the two functions as they are; data of more than one
+            tensor are a tuple on each side.
         adjoint: ``Implicit(solver, damping)`` with a linear solver, ``Neumann(terms)``, ``OneStep()`` (the first term
             of it, with a step that 20 products estimate), :class:`MFAC` or :class:`FiniteDifference`. None:
             ``Implicit(CG())``, with ``GMRES()`` for a prox or projection and ``MINRES()`` for constraints. A dense

@@ -153,6 +153,7 @@ class _Reduced:
         eye = torch.eye(n, dtype=d.q.dtype, device=d.q.device)
         H = d.P + d.G.mT @ (w.unsqueeze(-1) * d.G) + d.A.mT @ d.A
         top = H.diagonal(dim1=-2, dim2=-1).abs().amax(-1)[..., None, None]
+        top = torch.where(top > 0, top, 1)  # neither curvature nor rows: unbounded along -q
         shift = torch.finfo(H.dtype).eps * n
         self.L, info = torch.linalg.cholesky_ex(H + shift * top * eye)
         if bool((info != 0).any()):

@@ -21,6 +21,8 @@ _NAMES = ("eps", "rho_a", "rho_b")
 class Sinkhorn(nn.Module):
     """The entropic transport plan, with `eps` and the penalties as settings or as parameters to learn.
 
+    Without masses the plan's entries sum to 1 and its n rows to 1 / n: times n, its rows are like those of a softmax.
+
     Args:
         eps: As for :func:`sinkhorn`.
         rho_a: As for :func:`sinkhorn`.
@@ -56,7 +58,10 @@ class Sinkhorn(nn.Module):
         self.solver, self.adjoint, self.on_failure, self.learnable = solver, adjoint, on_failure, learnable
         for name, value in zip(_NAMES, (eps, rho_a, rho_b), strict=True):
             if not (value is None and name != "eps"):
-                if not isinstance(value, int | float) or not 0 < value < math.inf:
+                if not isinstance(value, int | float):
+                    got = type(value).__name__
+                    raise ValueError(f"{name}: expected a number, which learnable=True learns, got {got}")
+                if not 0 < value < math.inf:
                     raise ValueError(f"{name}: expected a finite number above 0, got {value}")
                 if learnable:
                     log = torch.tensor(math.log(value), device=torch.get_default_device())

@@ -203,3 +203,11 @@ def test_bad_solver_and_no_variables():
         quadratic_program(torch.eye(1, dtype=F64), one, solver="x")
     with pytest.raises(ValueError, match=r"q: expected at least 1 variable"):
         quadratic_program(one.new_zeros(0, 0), one.new_zeros(0))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_neither_curvature_nor_rows_is_unbounded(solver, dtype):
+    P = torch.stack([torch.zeros(2, 2, dtype=dtype), torch.eye(2, dtype=dtype)])
+    found = quadratic_program_ex(P, torch.ones(2, 2, dtype=dtype), solver=solver)
+    assert found.status.tolist() == [Status.UNBOUNDED, Status.CONVERGED]
