@@ -55,11 +55,12 @@ def test_import_brings_in_nothing_heavy():
 
 def test_import_is_cheap():
     code = (
-        "import time, torch; start = time.perf_counter(); import difflayers; print(time.perf_counter() - start);"
+        # seconds of this process on a core, which a busy machine does not change
+        "import time, torch; start = time.process_time(); import difflayers; print(time.process_time() - start);"
         "assert 'difflayers.implicit' in __import__('sys').modules"
     )
     best = float("inf")
-    for _ in range(5):  # the best of several, since the machine may be busy
+    for _ in range(5):  # the best of several: caches may be cold
         best = min(best, float(python(code)))
         if best <= MAX_IMPORT_SECONDS:
             return

@@ -201,12 +201,12 @@ def slope(layout: Layout, v: Tensor) -> Tensor:
 
 def _slopes(block: Block, v: Tensor) -> Tensor:
     """``(B, dim, dim, count)``: one backward pass with a batch of unit vectors, the projection computed once."""
-    with torch.enable_grad():
-        v = v.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():  # inference mode records nothing
+        v = (v.clone() if v.is_inference() else v.detach()).requires_grad_()
         onto = _onto(block, v, False)
-    units = torch.eye(block.dim, dtype=v.dtype, device=v.device)[:, None, None, :]
-    units = units.expand(block.dim, v.shape[0], block.times, block.dim).flatten(-2)
-    (rows,) = torch.autograd.grad(onto, v, units, is_grads_batched=True)
+        units = torch.eye(block.dim, dtype=v.dtype, device=v.device)[:, None, None, :]
+        units = units.expand(block.dim, v.shape[0], block.times, block.dim).flatten(-2)
+        (rows,) = torch.autograd.grad(onto, v, units, is_grads_batched=True)
     return rows.unflatten(-1, (block.times, block.dim)).permute(1, 0, 3, 2)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from difflayers._solution import Info, Status, _listeners
 from difflayers.implicit import ImplicitProblem
+from difflayers.linalg._autodiff import opaque
 from difflayers.linalg._system import times
 
 from . import _conic_kkt as kkt
@@ -61,6 +62,7 @@ def _residual(point: Tensor, *args: Tensor, layout: Layout) -> Tensor:
     return torch.cat([t.expand(*batch, t.shape[-1]) for t in (top, bottom)], -1)
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def conic_problem(layout: Layout, quadratic: bool, solver: Any) -> ImplicitProblem:
     """The problem with or without a quadratic part.

@@ -19,6 +19,7 @@ from torch import Tensor
 from difflayers._checks import broadcast_batch, check_same, check_tensor
 from difflayers._solution import OnFailure, Solution
 from difflayers.implicit import solution_map, solution_map_ex
+from difflayers.linalg._autodiff import opaque
 
 from ._cones import Cone, Product
 from ._conic_data import scales
@@ -202,6 +203,7 @@ def _product(cones: Sequence[tuple[Cone, int]]) -> Product:
         raise ValueError(f"cones: expected a Product or pairs (cone, dim): {error}") from None
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def _layout(cone: Product) -> tuple[Layout, Isometry | None, Isometry | None]:
     return of_cones(cone.parts)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from difflayers._solution import Info, Status
 from difflayers.implicit import ImplicitProblem
+from difflayers.linalg._autodiff import opaque
 from difflayers.linalg._direct import solve_columns
 
 CHUNK = 1 << 18  # numbers in the submatrices that are made at once: they should stay in the cache
@@ -61,6 +62,7 @@ class BlockPivoting:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def dual_cone_problem(solver: BlockPivoting, names: tuple[str, str], keep_factors: bool) -> ImplicitProblem:
     """The projection as the engine sees it: ``W(M, U)``, ``M`` of ``(*batch, m, m)``, ``U`` and ``W`` of (k, m).

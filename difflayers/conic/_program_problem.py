@@ -14,6 +14,7 @@ from torch import Tensor
 
 from difflayers._solution import Info, Status
 from difflayers.implicit import ImplicitProblem
+from difflayers.linalg._autodiff import opaque
 from difflayers.linalg._system import times
 
 from . import _program_kkt as kkt
@@ -87,6 +88,7 @@ def _outer(M: Tensor, u: Tensor, v: Tensor, s: Tensor, t: Tensor, scale: float =
     return torch.addmm(u.mT @ v, s.mT, t, beta=scale, alpha=scale)
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def program_problem(parts: tuple[bool, bool], solver: Any) -> ImplicitProblem:
     """The problem with the inequalities, the equalities, both or none; `parts` says which.

@@ -21,7 +21,7 @@ from torch import Tensor
 from difflayers._checks import check_same, check_tensor, compute_dtype
 from difflayers._solution import OnFailure, Solution
 from difflayers.implicit import solution_map, solution_map_ex
-from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast
+from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast, opaque
 from difflayers.linalg._captured import gradients_wanted
 from difflayers.linalg._sparse_matrix import Matrix, SparseMatrix, is_sparse
 from difflayers.linalg._system import times
@@ -50,6 +50,7 @@ class ProgramPoint(NamedTuple):
     s: Tensor
 
 
+@opaque
 def quadratic_program(
     P: Matrix,
     q: Tensor,
@@ -129,6 +130,7 @@ def quadratic_program(
     return point[..., : q.shape[-1]].to(q.dtype)
 
 
+@opaque
 def quadratic_program_ex(
     P: Matrix,
     q: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from difflayers._solution import Info, Solution, Status
 from difflayers.implicit import ImplicitProblem
+from difflayers.linalg._autodiff import opaque
 from difflayers.linalg._system import times
 
 from . import _program_kkt as kkt
@@ -42,6 +43,7 @@ def earlier_multipliers(warm_start: Any, m: int, like: Tensor) -> Tensor:
     return z.detach().to(like.device, like.dtype)
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def warm_problem(parts: tuple[bool, bool], solver: Any) -> ImplicitProblem:
     """The problem with one more argument, the earlier multipliers, which the solution does not depend on.

@@ -14,7 +14,7 @@ from difflayers._checks import broadcast_batch, check_finite, check_same, check_
 from difflayers._solution import OnFailure, Solution, check_policy
 from difflayers.implicit import Anderson, IterativeSolver, fixed_point, fixed_point_ex
 from difflayers.linalg import GMRES, LU, QR, LinearOperator, LinearSolver, linear_solve, linear_solve_ex
-from difflayers.linalg._autodiff import physical, plain
+from difflayers.linalg._autodiff import opaque, physical, plain
 
 DENSE_NODES = 256  # up to here one factorisation for each head costs less than a Krylov solve
 
@@ -22,6 +22,7 @@ Activation = Callable[[Tensor], Tensor]
 EdgeWeights = Callable[[Tensor, Tensor, int], Tensor]
 
 
+@opaque
 def graph_equilibrium(
     edge_weights: Tensor,
     edge_index: Tensor,
@@ -97,6 +98,7 @@ def graph_equilibrium(
         raise
 
 
+@opaque
 def graph_equilibrium_ex(
     edge_weights: Tensor,
     edge_index: Tensor,
@@ -209,7 +211,7 @@ def _check_edges(edge_index: object, num_nodes: int, like: Tensor, *, data: bool
             f"edge_index: expected {tuple(like.shape)[-1:]} edges as there are weights, got {edge_index.shape[1]}"
         )
     index: Tensor = plain("edge_index", edge_index)
-    if data and index.numel() and not index.is_meta:
+    if data and index.numel() and not index.is_meta and not torch.compiler.is_compiling():
         low, high = (int(m) for m in index.aminmax())
         if low < 0 or high >= num_nodes:
             raise ValueError(f"edge_index: expected nodes in 0..{num_nodes - 1}, got {low}..{high}")

@@ -111,9 +111,9 @@ class SolutionMap(torch.autograd.Function):
 
         def solve() -> tuple[Any, Info]:
             value, info, factors = problem.solve(*args) if init is None else problem.solve(init, *args)
-            given = {a.untyped_storage().data_ptr() for a in args}
+            given = {a.untyped_storage()._cdata for a in args}  # torch.export has no data to point to
             # a projection of an inside point is the point; torch wants outputs of their own
-            own = [t.clone() if t.untyped_storage().data_ptr() in given else t for t in (value, *factors)]
+            own = [t.clone() if t.untyped_storage()._cdata in given else t for t in (value, *factors)]
             return (own[0], own[1:]), info
 
         with plain_forward(args[0] if init is None else init):

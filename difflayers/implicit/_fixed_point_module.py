@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from difflayers._checks import compute_dtype
 from difflayers._solution import OnFailure, Solution, check_policy
-from difflayers.linalg._autodiff import physical, plain
+from difflayers.linalg._autodiff import check_inference_mode, opaque, physical, plain
 
 from ._adjoints import Adjoint, Implicit
 from ._anderson import Anderson
@@ -170,6 +170,7 @@ class FixedPoint(nn.Module):
             raise ValueError(f"samples: expected at least 1, got {samples}")
         update, args = self._bind(z, inputs)
         leaves, spec = optree.tree_flatten(z)
+        check_inference_mode()
         _, pull = vjp(lambda *leaves: tuple(optree.tree_leaves(update(spec.unflatten(leaves), *args))), *leaves)
         total, size = (
             torch.zeros((), device=leaves[0].device, dtype=leaves[0].dtype),
@@ -184,6 +185,7 @@ class FixedPoint(nn.Module):
                 total = total + (squares.flatten(g.ndim - self.event_ndim).sum(-1) if self.event_ndim else squares)
         return total / (samples * size)
 
+    @opaque
     def _solve(self, inputs: Any, init: Any, on_failure: OnFailure) -> Solution[Any]:
         start = self._start(inputs) if init is None else init
         dtypes = optree.tree_map(_dtype, start)
@@ -271,7 +273,9 @@ class _Update:
         if self.checked:
             return self._call(z, {**parameters, **buffers}, inputs)
         # the first evaluation works on copies, so that a module which is refused keeps its buffers
-        copies = {name: b.clone() for name, b in (_own_tensors(self.module, "_buffers") | buffers).items()}
+        inference = torch.is_inference_mode_enabled()  # copies made in it would not count what is written into them
+        with torch.inference_mode(False) if inference else contextlib.nullcontext():
+            copies = {name: b.clone() for name, b in (_own_tensors(self.module, "_buffers") | buffers).items()}
         device = optree.tree_leaves(z)[0].device
         before = _random_state(device)
         out = self._call(z, {**parameters, **copies}, inputs)

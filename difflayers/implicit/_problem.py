@@ -184,11 +184,12 @@ def _watch_first(function: Callable[..., Tensor], argument: str, args: Sequence[
         if not fresh:
             return function(*inputs)
         fresh = False
-        versions = [t._version for t in (*inputs, *args)]
+        counted = [t for t in (*inputs, *args) if not t.is_inference()]
+        versions = [t._version for t in counted]
         with torch.enable_grad(), forward_mode():
             out = function(*inputs)
             refuse_seen([out], argument)
-        if versions != [t._version for t in (*inputs, *args)]:
+        if versions != [t._version for t in counted]:
             raise ValueError(
                 f"{argument}: expected a function that leaves its arguments alone, got one that writes into them"
             )
@@ -259,6 +260,7 @@ def solve_inner(
             arg_names=arguments.names,
             check_coupling=torch.Size(batch).numel() > 1
             and not z.is_meta
+            and not torch.compiler.is_compiling()  # torch.export: there are no numbers to look at
             and (constraint is not None or not _uncoupled.knows(function, (kind.name, event_ndim))),
         )
         task = Task(problem, on_failure, present)

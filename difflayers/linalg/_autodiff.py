@@ -30,6 +30,23 @@ def transforms_active() -> bool:
     return bool(_functorch.maybe_current_level()) or forward_ad._current_level >= 0
 
 
+@functools.cache
+def _derives_in_inference_mode() -> bool:
+    """Whether torch.func does. In torch 2.6 it does not, and says nothing: every derivative is zero; 2.13 is right."""
+    with torch.inference_mode():
+        one = torch.ones((), device="cpu")
+        return bool(vjp(torch.square, one)[1](one)[0] == 2)
+
+
+def check_inference_mode() -> None:
+    """Refuses inference mode before a derivative is taken, where this torch would return zeros."""
+    if torch.is_inference_mode_enabled() and not _derives_in_inference_mode():
+        raise RuntimeError(
+            f"torch {torch.__version__} takes every derivative to be zero inside torch.inference_mode(), and this call "
+            "needs some: use torch.no_grad() instead, or a newer torch"
+        )
+
+
 def pullback(
     f: Callable[..., Tensor], *primals: Tensor, record: bool | None = None
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
@@ -39,6 +56,7 @@ def pullback(
     and recording the products themselves where `record` (None: grad mode) says so. The pullback may be called several
     times.
     """
+    check_inference_mode()
     if transforms_active() or torch.is_inference_mode_enabled():  # inference mode records no graph of its own
         return vjp(f, *primals)
     record = torch.is_grad_enabled() if record is None else record
@@ -213,6 +231,8 @@ def plain(name: str, constant: Any) -> Any:
 
     The solve runs outside them, where a wrapped tensor that a function holds on to cannot be used.
     """
+    if torch.compiler.is_compiling():  # Dynamo can follow neither the wrappers nor the question
+        return constant
     while isinstance(constant, Tensor) and _functorch.is_functorch_wrapped_tensor(constant):
         if _functorch.is_batchedtensor(constant):
             raise ValueError(f"{name}: expected an integer tensor that vmap does not batch, got one that it does")
@@ -222,6 +242,8 @@ def plain(name: str, constant: Any) -> Any:
 
 def physical(t: Tensor) -> Tensor:
     """`t` without any wrapper of ``torch.func``, vmapped dimensions visible: to look at data in an error path."""
+    if torch.compiler.is_compiling():  # as in `plain`
+        return t.detach()
     while _functorch.is_functorch_wrapped_tensor(t):
         t = _functorch.get_unwrapped(t)
     return t.detach()

@@ -12,6 +12,7 @@ from torch.func import vjp
 
 from difflayers._checks import check_shape, check_tensor
 
+from ._autodiff import check_inference_mode
 from ._system import LinearSystem, Params
 
 
@@ -70,6 +71,7 @@ class OperatorSystem(LinearSystem):
 
     def apply(self, params: Params, v: Tensor, transpose: bool) -> Tensor:
         if transpose and not self.symmetric:
+            check_inference_mode()
             _, pull = vjp(lambda u: self.matvec(params, u), torch.zeros_like(v))
             return pull(v)[0]
         out = self.matvec(params, v)

@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from difflayers.linalg._autodiff import push_forward
+from difflayers.linalg._autodiff import check_inference_mode, push_forward
 
 from ._declaration import PDE
 from ._samplers import Grid, Place
@@ -73,6 +73,7 @@ class Jvp:
 def _collect(f: Callable[[Tensor], Tensor], x: Tensor, words: set[Word], units: Tensor) -> dict[Word, Tensor]:
     """The derivatives of `f` by each word. Those that begin alike share their passes."""
     out: dict[Word, Tensor] = {}
+    check_inference_mode()
     for c in sorted({word[0] for word in words if word}):
         tails = {word[1:] for word in words if word and word[0] == c}
         values, slopes = jvp(lambda y, t=tails: _collect(f, y, t | {()}, units), (x,), (units[c].expand_as(x),))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import check_shape
-from difflayers.linalg._autodiff import pullback
+from difflayers.linalg._autodiff import plain_forward, pullback
 from difflayers.linalg._captured import refuse_coupling
 
 Params = tuple[Tensor, ...]
@@ -82,7 +82,8 @@ class Pointwise:
     def refuse_coupled_points(self, T: Tensor, params: Params) -> bool:
         """Finds points that see each other. Returns whether it could look."""
         try:
-            return refuse_coupling(lambda T: self(T, params), T, "", "residual")
+            with plain_forward(T):  # what is looked at once must not be counted by hooks, such as a checkpoint's
+                return refuse_coupling(lambda T: self(T, params), T, "", "residual")
         except ValueError as error:
             if "do not see each other" not in str(error):
                 raise

@@ -23,7 +23,7 @@ from torch.func import jvp, vjp, vmap
 from difflayers._checks import check_tensor, compute_dtype
 from difflayers._solution import Info, OnFailure, Status
 from difflayers.implicit import ImplicitProblem, solution_map
-from difflayers.linalg._autodiff import opaque
+from difflayers.linalg._autodiff import check_inference_mode, opaque
 
 Function = Callable[[Tensor], Tensor]
 
@@ -81,6 +81,7 @@ def jacobian(function: Function, x: Tensor, event_ndim: int) -> Tensor:
     check_tensor("x", x, min_ndim=event_ndim)
     batch = x.ndim - event_ndim
     n = x.shape[batch:].numel()
+    check_inference_mode()
     y, pull = vjp(function, x)
     _check_batch(y, x, batch)
     m = y.shape[batch:].numel()
@@ -182,6 +183,7 @@ class Hutchinson:
     def squared_norm(self, function: Function, x: Tensor, event_ndim: int, generator: torch.Generator | None) -> Tensor:
         """An estimate of ``||J||_F^2``."""
         many, mean = _repeated(x, event_ndim, self.samples)
+        check_inference_mode()
         y, pull = vjp(function, many)
         _check_batch(y, many, many.ndim - event_ndim)
         return mean(pull(_noise(y, generator))[0])

@@ -24,7 +24,7 @@ from difflayers._checks import broadcast_batch, check_options, check_same, check
 from difflayers._solution import Info, OnFailure, Solution, Status
 from difflayers.implicit import ImplicitProblem, solution_map, solution_map_ex
 from difflayers.linalg import CG, Cholesky, LinearSolver
-from difflayers.linalg._autodiff import transforms_active
+from difflayers.linalg._autodiff import opaque, transforms_active
 
 from . import _schur as schur
 from . import _symmetric_newton as symmetric
@@ -181,6 +181,7 @@ def _earlier(warm_start: Coupling | Solution[Coupling], A: Tensor) -> Tensor:
     return p.detach().to(A.device, A.dtype)
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def _problem(solver: SymmetricNewton, iterated: CG | None, count: int) -> ImplicitProblem:
     return ImplicitProblem(

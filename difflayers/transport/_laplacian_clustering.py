@@ -38,6 +38,7 @@ from difflayers._checks import (
 from difflayers._solution import Info, OnFailure, Solution, Status
 from difflayers.implicit import Implicit, ImplicitProblem, solution_map, solution_map_ex
 from difflayers.linalg import LinearSolver
+from difflayers.linalg._autodiff import opaque
 
 from ._costs import SquaredEuclidean
 from ._symmetric_newton import forbidden
@@ -283,6 +284,7 @@ def _moving(Y: Tensor, query: Tensor, support: Tensor, labels: Tensor) -> tuple[
     return cost(query, means), (labels * cost(support, means)).sum((-2, -1))
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def _problem(
     unary: Unary, solver: BoundOptimizer | None, adjoint: LinearSolver | None, name: str, count: int

@@ -18,6 +18,7 @@ from difflayers._checks import broadcast_batch, check_same, check_shape, check_t
 from difflayers._solution import Info, Solution, Status
 from difflayers.implicit import ImplicitProblem
 from difflayers.linalg import CG, LinearSolver
+from difflayers.linalg._autodiff import opaque
 
 from . import _schur as schur
 from ._costs import Cost
@@ -126,6 +127,7 @@ def _earlier(warm_start: Any, data: PreparedPoints) -> Tensor:
     return joined(f, g)
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def _problem(equations: Equations, solver: KernelSinkhorn | LogSinkhorn, iterated: CG, warm: bool) -> ImplicitProblem:
     def linear_solve(

@@ -22,6 +22,7 @@ from torch import Tensor
 from difflayers._solution import OnFailure, Solution
 from difflayers.implicit import solution_map, solution_map_ex
 from difflayers.linalg import LinearSolver
+from difflayers.linalg._autodiff import opaque
 
 from ._coupling import Coupling, centred, plan_unless_failed, prepare
 from ._point_cloud import PointCloud, PointCoupling
@@ -30,6 +31,7 @@ from ._sinkhorn_solve import Earlier, problem_for
 from ._solvers import TransportSolver
 
 
+@opaque
 def sinkhorn(
     cost: Tensor | PointCloud,
     a: Tensor | None = None,
@@ -133,6 +135,7 @@ def sinkhorn_ex(
 ) -> Solution[PointCoupling]: ...
 
 
+@opaque
 def sinkhorn_ex(
     cost: Tensor | PointCloud,
     a: Tensor | None = None,

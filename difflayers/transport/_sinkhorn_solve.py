@@ -11,7 +11,7 @@ from torch import Tensor
 from difflayers._solution import Info, Solution
 from difflayers.implicit import ImplicitProblem
 from difflayers.linalg import CG, Cholesky, LinearSolver
-from difflayers.linalg._autodiff import transforms_active
+from difflayers.linalg._autodiff import opaque, transforms_active
 
 from ._coupling import Coupling, Prepared, unequal, warm_potentials
 from ._iteration import Problem, start
@@ -53,6 +53,7 @@ def _differentiated(args: tuple[Tensor, ...]) -> bool:
     return transforms_active() or (torch.is_grad_enabled() and any(t.requires_grad for t in args))
 
 
+@opaque
 @functools.lru_cache(maxsize=64)
 def _problem(solver: TransportSolver, iterated: CG | None, wide: bool, warm: bool) -> ImplicitProblem:
     names = ("cost", "b", "a", "eps", "rho_b", "rho_a") if wide else ARGS
