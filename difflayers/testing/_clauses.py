@@ -25,12 +25,15 @@ class Clause:
         promise: What holds, in one line.
         check: ``check(case, device)``; raises where the promise is broken.
         needs: The field of a case without which there is nothing to check, with the reason; or None.
+        quick: Part of the quick profile of ``python -m difflayers check``. The others take most of the time (full
+            gradcheck, ``torch.compile``, all hostile input) or look at the same rules from another side.
     """
 
     name: str
     promise: str
     check: Check
     needs: Callable[[LayerCase], str | None]
+    quick: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,12 @@ def _always(case: LayerCase) -> str | None:
     return None
 
 
-def clause(*, needs: Callable[[LayerCase], str | None] = _always) -> Callable[[Check], Check]:
+def clause(*, needs: Callable[[LayerCase], str | None] = _always, quick: bool = True) -> Callable[[Check], Check]:
     """Registers a check under its name; the first line of its docstring is the promise."""
 
     def register(check: Check) -> Check:
         name = check.__name__
-        CLAUSES[name] = Clause(name, (check.__doc__ or name).splitlines()[0].rstrip("."), check, needs)
+        CLAUSES[name] = Clause(name, (check.__doc__ or name).splitlines()[0].rstrip("."), check, needs, quick)
         return check
 
     return register

@@ -66,7 +66,7 @@ def gradcheck(case: LayerCase, device: torch.device) -> None:
     torch_gradcheck(case.fn, leaves(case.at(device)), check_forward_ad=True, check_batched_grad=True, fast_mode=True)
 
 
-@clause(needs=requires("representative"))
+@clause(needs=requires("representative"), quick=False)
 def gradcheck_full(case: LayerCase, device: torch.device) -> None:
     """First derivatives equal finite differences, entry by entry."""
     torch_gradcheck(case.fn, leaves(case.at(device)), check_forward_ad=True, check_batched_grad=True)
@@ -95,7 +95,7 @@ def jacfwd_equals_jacrev(case: LayerCase, device: torch.device) -> None:
         close_all(jacfwd(case.fn, every)(*inputs), jacrev(case.fn, every)(*inputs), what, case.tol)
 
 
-@clause()
+@clause(quick=False)
 def hessians_agree(case: LayerCase, device: torch.device) -> None:
     """Every order of forward and reverse mode, torch.func or autograd, gives one and the same symmetric Hessian."""
     inputs = single(case, device)

@@ -51,7 +51,7 @@ def _infinity_is_a_number(case: LayerCase, inputs: Inputs) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in (value, *found))
 
 
-@clause(needs=requires("names", "tolerant"))
+@clause(needs=requires("names", "tolerant"), quick=False)
 def nan_and_inf_are_refused(case: LayerCase, device: torch.device) -> None:
     """NaN and Inf raise a ValueError that names the argument, also under vmap (unless Inf has a finite result)."""
     inputs = case.at(device)
@@ -182,7 +182,7 @@ def _sound(case: LayerCase, hostile: Hostile, inputs: Inputs) -> None:
         finite(f, f"{hostile.name}: gradient, input {i}")
 
 
-@clause(needs=requires("hostile"))
+@clause(needs=requires("hostile"), quick=False)
 def hostile_input(case: LayerCase, device: torch.device) -> None:
     """Ties, zeros, extreme scales, dependent rows, infeasible problems: a sound result or the promised error."""
     for hostile in case.hostile:

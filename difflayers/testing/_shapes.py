@@ -139,7 +139,7 @@ def autocast_of_forward(case: LayerCase, device: torch.device) -> None:
         close_all(torch.autograd.grad(weighted(value), x), slopes, f"gradient in {dtype}", 10 * tol)
 
 
-@clause()
+@clause(quick=False)
 def autocast_of_backward(case: LayerCase, device: torch.device) -> None:
     """Under autocast backward and forward mode are solved in the dtype of the inputs too."""
     for dtype in (torch.float32, torch.float64):
@@ -170,7 +170,7 @@ def no_stray_device(case: LayerCase, device: torch.device) -> None:
     close(moved_there, moved, "tangent", case.tol)
 
 
-@clause()
+@clause(quick=False)
 def no_stray_dtype(case: LayerCase, device: torch.device) -> None:
     """Nothing is created with the default dtype: runs with one that differs from the input's."""
     for default, dtype in ((torch.float32, torch.float64), (torch.float64, torch.float32)):

@@ -36,7 +36,7 @@ def vmap_equals_loop(case: LayerCase, device: torch.device) -> None:
     close(vmap(case.fn, in_dims=last, out_dims=-1)(*moved).movedim(-1, 0), loop, "vmap over the last", case.tol)
 
 
-@clause(needs=requires("shared"))
+@clause(needs=requires("shared"), quick=False)
 def vmap_over_shared(case: LayerCase, device: torch.device) -> None:
     """Vmap over a shared parameter equals a loop over it, value and gradient."""
     inputs = case.at(device)
@@ -50,7 +50,7 @@ def vmap_over_shared(case: LayerCase, device: torch.device) -> None:
     close_all(per_copy, expected, "gradient", case.tol)
 
 
-@clause(needs=requires("size"))
+@clause(needs=requires("size"), quick=False)
 def nested_vmap(case: LayerCase, device: torch.device) -> None:
     """Vmap inside vmap, also with shared parameters mapped by one of them, equals a double loop."""
     inputs = case.at(device)
@@ -78,7 +78,7 @@ def per_sample_gradients(case: LayerCase, device: torch.device) -> None:
     close_all(found, [torch.stack(g) for g in zip(*loop, strict=True)], "gradient", case.tol)
 
 
-@clause(needs=requires("size"))
+@clause(needs=requires("size"), quick=False)
 def vmapped_hessian(case: LayerCase, device: torch.device) -> None:
     """Vmap of hessian gives the Hessian of every sample."""
     inputs = case.at(device)
@@ -92,7 +92,7 @@ def vmapped_hessian(case: LayerCase, device: torch.device) -> None:
             close(found[a][b], expected, f"inputs {a} and {b}", case.tol)
 
 
-@clause()
+@clause(quick=False)
 def products_agree(case: LayerCase, device: torch.device) -> None:
     """torch.func jvp and vjp are transposes of each other, and jvp composes with vmap and grad."""
     inputs = case.at(device)
@@ -111,7 +111,7 @@ def products_agree(case: LayerCase, device: torch.device) -> None:
     close(slope, (g * moved).sum(), "grad of jvp in its tangent", case.tol)
 
 
-@clause(needs=requires("representative"))
+@clause(needs=requires("representative"), quick=False)
 def compiled(case: LayerCase, device: torch.device) -> None:
     """torch.compile gives the same value and first derivative."""
     inputs = case.at(device)

@@ -11,12 +11,15 @@ STYLE = """
 body { margin: 0; background: #fff; color: var(--ink); font: 1.0625rem/1.6 Georgia, "Times New Roman", serif;
   -webkit-text-size-adjust: 100%; overflow-wrap: break-word; }
 main { max-width: 46rem; margin: 0 auto; padding: 3rem 1.25rem 4rem; }
-h1, h2, h3, nav, table, figcaption, caption, .lead, footer { font-family: system-ui, -apple-system, "Segoe UI", Roboto,
+h1, h2, h3, nav, table, figcaption, .lead, footer { font-family: system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 2.1rem; line-height: 1.15; margin: 0 0 .75rem; letter-spacing: -.02em; }
 h2 { font-size: 1.5rem; line-height: 1.25; margin: 3rem 0 .75rem; letter-spacing: -.01em; }
 h3 { font-size: 1.0625rem; margin: 2.25rem 0 .5rem; }
 p { margin: 0 0 1rem; }
+.family { margin: 3.25rem 0 .2rem; color: var(--accent); font: .84rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas,
+  "DejaVu Sans Mono", monospace; }
+.family + h2 { margin-top: 0; }
 .lead { color: var(--soft); font-size: 1.0625rem; }
 nav { margin: 1.5rem 0 0; padding: .75rem 1rem; background: var(--tint); border-radius: .4rem; font-size: .9375rem; }
 nav a { color: var(--accent); text-decoration: none; margin-right: 1.25rem; white-space: nowrap; }
@@ -26,20 +29,19 @@ pre { background: var(--tint); border-radius: .4rem; padding: .9rem 1rem; overfl
 figure { margin: 1.5rem 0 1.75rem; }
 .images { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem 1.5rem; }
 img { display: block; width: 100%; max-width: 36rem; height: auto; }
-figcaption, caption { color: var(--soft); font-size: .875rem; line-height: 1.45; text-align: left; }
-figcaption { margin-top: .6rem; }
-caption { caption-side: bottom; padding-top: .6rem; }
-.scroll { overflow-x: auto; margin: 1.25rem 0 1.75rem; }
+figcaption { color: var(--soft); font-size: .875rem; line-height: 1.45; margin-top: .6rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .9rem .45rem 0; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 th { font-weight: 600; border-bottom: 2px solid var(--ink); vertical-align: bottom; }
 th:last-child, td:last-child { padding-right: 0; }
+td + td { white-space: nowrap; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--soft);
   font-size: .8125rem; }
 @media (max-width: 34rem) { main { padding: 1.75rem 1rem 3rem; } h1 { font-size: 1.65rem; } h2 { font-size: 1.3rem; }
-  body { font-size: 1rem; } pre { font-size: .72rem; }
-  table { font-size: .8125rem; } th, td { padding-right: .6rem; } }
+  body { font-size: 1rem; } pre { font-size: .67rem; margin: 0 -1rem 1.25rem; border-radius: 0; }
+  table { font-size: .75rem; } th, td { padding-right: .4rem; } }
 """
 
 
@@ -47,7 +49,8 @@ def render(chapters: dict[str, tuple[Chapter, list[Block]]], footer: str) -> str
     """The page."""
     nav = "".join(f'<a href="#{name}">{html.escape(c.title)}</a>' for name, (c, _) in chapters.items())
     body = "".join(
-        f'<section id="{name}"><h2>{html.escape(c.title)}</h2>{"".join(map(_block, blocks))}</section>'
+        f'<section id="{name}"><p class="family">difflayers.{name}</p><h2>{html.escape(c.title)}</h2>'
+        f"{''.join(map(_block, blocks))}</section>"
         for name, (c, blocks) in chapters.items()
     )
     contents = f'<nav aria-label="Chapters">{nav}</nav>' if len(chapters) > 1 else ""
@@ -78,7 +81,7 @@ def _block(block: Block) -> str:
         case Table(header, rows, caption):
             head = "".join(f"<th>{html.escape(c)}</th>" for c in header)
             lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-            note = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-            return (
-                f'<div class="scroll"><table>{note}<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
-            )
+            table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+            # outside of what scrolls, so that a wide table does not take its caption off the screen
+            note = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+            return f'<figure><div class="scroll">{table}</div>{note}</figure>'

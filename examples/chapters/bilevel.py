@@ -202,7 +202,7 @@ def draw_pictures(data: Data, learned: Tensor, path: Path) -> Path:
     plt.close("all")
     rows = {"real": data.each(1, torch.Generator().manual_seed(0)), "mean": data.each(None), "learned": learned}
     rows["difference"] = learned - learned.mean(0)
-    figure, grid = plt.subplots(4, 10, figsize=(7.6, 3.3), layout="constrained")
+    figure, grid = plt.subplots(4, 10, figsize=(5.2, 2.1), layout="constrained")
     for line, (name, pictures) in zip(grid, rows.items(), strict=True):
         look = {"cmap": "gray_r", "vmin": 0, "vmax": 1}
         if name == "difference":
@@ -210,7 +210,8 @@ def draw_pictures(data: Data, learned: Tensor, path: Path) -> Path:
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture.view(8, 8).numpy(), **look)
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name)
+            axis.spines[:].set(visible=True, color="#dde2e8")
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     return save(figure, path)
 
 
@@ -318,8 +319,8 @@ def blocks(
         ),
         Figure(
             figures[1:],
-            f"Left: logistic regression on {tests} test pictures. Grey: the weight decay that is best on these very "
-            "pictures, and for real ones the mean over ten draws. Right: against central differences of training to "
+            f"First: logistic regression on {tests} test pictures. Grey: the weight decay that is best on these very "
+            "pictures, and for real ones the mean over ten draws. Second: against central differences of training to "
             "full precision, at the learned pictures.",
             "Bars of accuracy, and an error of the recorded training that falls with its length.",
         ),

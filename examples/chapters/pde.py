@@ -245,8 +245,8 @@ def blocks(
         Code(SNIPPET),
         Figure(
             figures[:2],
-            f"Left: field of the learned law, after {first.evaluations} fields and their gradients "
-            f"({first.seconds:.1f} s). Right: what was learned, with the equation as a constraint, in a numerical "
+            f"First: field of the learned law, after {first.evaluations} fields and their gradients "
+            f"({first.seconds:.1f} s). Second: what was learned, with the equation as a constraint, in a numerical "
             f"solver, and as a penalty, by {first_penalty.evaluations} "
             f"evaluations of L-BFGS ({first_penalty.seconds:.1f} s). Temperatures below 0.1 and above 0.95 "
             "do not occur.",

@@ -212,8 +212,8 @@ def draw_reading(reading: Reading, path: Path) -> Path:
         figure.subplots(1, count + 1, squeeze=False)[0], pictures, titles, names, strict=True
     ):
         panel.imshow(picture.view(8, 8).numpy(), cmap="Greys", vmin=0, vmax=1)
-        panel.set_title(title, fontsize=7.5, loc="center", color=BLUE if name else INK)
-        panel.set_xlabel(name, fontsize=7.5)
+        panel.set_title(title, fontsize=9.5, loc="center", color=BLUE if name else INK)
+        panel.set_xlabel(name, fontsize=9.5)
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
     return save(figure, path)

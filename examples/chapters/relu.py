@@ -247,7 +247,7 @@ def blocks(
         Code(SNIPPET),
         Figure(
             figures[:2],
-            f"Left: all weights begin at one half. Right: networks of the same gates on {len(data.test[1])} test "
+            f"First: all weights begin at one half. Second: networks of the same gates on {len(data.test[1])} test "
             "pictures. For grey bars the weight decay is the best of five for these very pictures, which flatters "
             "them; the learned one has never seen them.",
             "Lines of careful people rise to one, those of guessing and contrary ones fall to zero; bars of accuracy.",
@@ -279,7 +279,7 @@ def blocks(
         ),
         Figure(
             figures[2:],
-            "Left: how far above the optimum the objective is, relative to it. Right: gradient of the loss in the "
+            "First: how far above the optimum the objective is, relative to it. Second: gradient of the loss in the "
             "weights of the people and in the weight decay, against central differences of certified optima along "
             "random directions; unrolled: through so many accelerated proximal gradient steps.",
             "Five curves that fall slowly, and errors of the unrolled gradient that fall from one; the layer's is "

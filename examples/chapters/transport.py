@@ -358,7 +358,7 @@ def blocks(
             "Two maps of 8 by 8 numbers: between 0.1 and 3 or 4 for softmax, 1.0 everywhere for Sinkhorn.",
         ),
         Table(
-            ("plan", "wires right", "ink right", "idle", "error", "soldered", "read", "training"),
+            ("plan", "wires right", "ink right", "idle", "error", "soldered", "read", "time"),
             [
                 (name, f"{r.right:.0%}", f"{r.ink:.0%}", f"{r.idle:.0f}", *errors, f"{r.accuracy:.1%}", seconds)
                 for name, r, errors, seconds in (
