@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import implicit, linalg
+from ._cite import cite
 from ._solution import Info, Record, Solution, SolveError, SolveWarning, Status, trace
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "SolveWarning",
     "Status",
     "bilevel",
+    "cite",
     "conic",
     "equilibrium",
     "implicit",
