@@ -2,6 +2,11 @@
 
 import os
 import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+os.environ["TQDM_DISABLE"] = "1"  # bars belong to terminals; read when tqdm is imported, as difflayers does
 
 import difflayers
 
@@ -14,15 +19,34 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+    "sphinxcontrib.bibtex",
+    "gallery",  # these two are in _ext/
+    "mathml",
 ]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_ext"]
+python_maximum_signature_line_length = 100
+default_role = "code"  # docstrings write `x` for code
 html_theme = "pydata_sphinx_theme"
 html_title = "difflayers"
-html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"]}
+html_theme_options = {
+    "logo": {"text": "difflayers"},
+    "navbar_align": "left",
+    "header_links_before_dropdown": 8,
+    "show_prev_next": False,
+    "show_nav_level": 1,
+    "secondary_sidebar_items": {"**": ["page-toc"], "index": []},
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+html_sidebars = {"index": []}
+html_static_path = ["_static"]
+html_css_files = ["difflayers.css"]
 html_show_sourcelink = False
+html_math_renderer = "mathml"
+myst_update_mathjax = False
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
@@ -38,6 +62,35 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Source", "Departure"]
 
+# One bibliography for the pages and for `difflayers.cite`.
+bibtex_bibfiles = ["../difflayers/references.bib"]
+bibtex_default_style = "plain"
+bibtex_reference_style = "author_year"
+
+# The scripts in examples/, run with --quick, or in full with DIFFLAYERS_GALLERY=full (`make gallery`). A script that
+# has not changed keeps its page, so pages of a full run stay until then.
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"/plot_",
+    "ignore_pattern": r"^(?!plot_|bilevel_data_parallel\.py|expert_parallel\.py)",
+    "run_stale_examples": os.environ.get("DIFFLAYERS_GALLERY") == "full",
+    "reset_argv": "gallery.arguments",
+    "image_scrapers": ("gallery.figures",),
+    "reset_modules": ("gallery.surroundings",),
+    "reset_modules_order": "both",
+    "within_subsection_order": "FileNameSortKey",
+    "backreferences_dir": "gallery/backreferences",
+    "doc_module": ("difflayers",),
+    "notebook_extensions": set(),
+    "download_all_examples": False,
+    "write_computation_times": False,
+    "show_signature": False,
+    "capture_repr": (),
+    "thumbnail_size": (640, 250),
+    "inspect_global_variables": False,
+}
+
 # Links into other projects need the network, so they are made on request only: DIFFLAYERS_DOCS_ONLINE=1 make docs.
 intersphinx_mapping = {}
 if os.environ.get("DIFFLAYERS_DOCS_ONLINE"):
@@ -52,7 +105,7 @@ nitpick_ignore_regex = [
     # Private types in the signatures of methods that only authors of solvers override.
     (r"py:.*", r"difflayers\.(\w+\.)*_\w+\.\w+"),
     # Types of what only the library makes, and of what is imported for type checkers alone.
-    (r"py:class", r"Evaluator|Block|Seam|Figure"),
+    (r"py:class", r"Evaluator|Block|Seam|Figure|Earlier"),
     # Type variables and short aliases in signatures, which have no page of their own.
     (r"py:(class|obj)", r"(.*\.)?(T|Tensor|Tree|PyTree|Callable|Any|Params|OnFailure|Function|Inputs|Values)"),
 ]

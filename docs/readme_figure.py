@@ -1,7 +1,7 @@
 """The figure of the README, from two figures of the quickstart's chapter on transport.
 
-    make demo
-    .venv/bin/python docs/readme_figure.py
+make demo
+.venv/bin/python docs/readme_figure.py
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ HEIGHT, GAP = 460, 50
 
 def main() -> None:
     parts = [Image.open(SOURCE / name).convert("RGB") for name in ("digits.png", "error.png")]
-    parts = [part.resize((round(part.width * HEIGHT / part.height), HEIGHT), Image.Resampling.LANCZOS) for part in parts]
+    parts = [part.resize((part.width * HEIGHT // part.height, HEIGHT), Image.Resampling.LANCZOS) for part in parts]
     canvas = Image.new("RGB", (sum(part.width for part in parts) + GAP, HEIGHT), "white")
     canvas.paste(parts[0], (0, 0))
     canvas.paste(parts[1], (parts[0].width + GAP, 0))

@@ -14,7 +14,7 @@ steps, where they still swing. Random search gets as many trainings as the gradi
 loss: it comes within two or three points where its draws are lucky, and falls seven behind where they are not. Shear is
 the one range that stays too large: it does what a turn does, in part.
 
-    python examples/plot_augmentation.py [--steps 30] [--seeds 3] [--out out/augmentation]
+    python examples/plot_augmentation.py [--quick] [--steps 30] [--seeds 3] [--out out/augmentation]
 """
 
 import argparse
@@ -220,8 +220,11 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="steps of the gradient, and trials of the search")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/augmentation"))
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.steps, options.seeds = 2, 1
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

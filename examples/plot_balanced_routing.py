@@ -9,7 +9,7 @@ skewed towards two experts. The loads are balanced
 and what is looked at is the largest load over the mean load, less one, in every step, and the error on unseen points.
 In evaluation the Sinkhorn router uses its averaged potentials, so that no point depends on the others.
 
-    python examples/plot_balanced_routing.py [--seeds 3] [--steps 400] [--out out/balanced_routing]
+    python examples/plot_balanced_routing.py [--quick] [--seeds 3] [--steps 400] [--out out/balanced_routing]
 
 Sources: X. Y. Han, Y. Zhong, A Theoretical Framework for Auxiliary-Loss-Free Load Balancing, 2025; A. Clark et al.,
 Unified Scaling Laws for Routed Language Models, 2022; W. Fedus et al., Switch Transformers, 2022 (the loss).
@@ -139,8 +139,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="tasks and networks")
     parser.add_argument("--steps", type=int, default=400, help="steps of each training")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/balanced_routing"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.seeds = 40, 1
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -11,7 +11,7 @@ the penalty. Methods with two loops (HOAG, MAID) have all calls of the lower sol
 outer step at a time. Each method gets its best of six step lengths, chosen from a fourth start; what else it is told is
 in the table SETTINGS. Shown is the middle of three other starts.
 
-    python examples/plot_bilevel_methods.py [--calls 1500] [--out out/bilevel_methods]
+    python examples/plot_bilevel_methods.py [--quick] [--calls 1500] [--out out/bilevel_methods]
 """
 
 import argparse
@@ -174,8 +174,11 @@ def plot(curves: dict[str, dict[str, list]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=1500)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/bilevel_methods"))
     options = parser.parse_args()
+    if options.quick:
+        options.calls = 100
     options.out.mkdir(parents=True, exist_ok=True)
     curves: dict[str, dict[str, list]] = {}
     for panel, case in problems().items():

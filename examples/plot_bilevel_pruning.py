@@ -10,7 +10,7 @@ spend the same number of gradients, the first half on the dense network:
 
 Each is run from three seeds. The steps of the mask were chosen among lengths 1, 10 and 100 on another split.
 
-    python examples/plot_bilevel_pruning.py [--gradients 1200] [--seeds 3] [--out out/bilevel_pruning]
+    python examples/plot_bilevel_pruning.py [--quick] [--gradients 1200] [--seeds 3] [--out out/bilevel_pruning]
 
 Source: Y. Zhang, Y. Yao, P. Ram, P. Zhao, T. Chen, M. Hong, Y. Wang, S. Liu, Advancing Model Pruning via Bi-level
 Optimization, NeurIPS 2022.
@@ -161,8 +161,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gradients", type=int, default=1200, help="gradients that every network is trained with")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/bilevel_pruning"))
     options = parser.parse_args()
+    if options.quick:
+        options.gradients, options.seeds = 80, 1
     options.out.mkdir(parents=True, exist_ok=True)
     start, data, half = time.perf_counter(), Digits(), options.gradients // 2
     dense: list[float] = []
@@ -200,7 +203,8 @@ def main() -> None:
     most = str(SPARSITIES[-1])
     print(f"{100 * float(most):.0f} % sparse, BilevelPruning against pruning once: {100 * gain[most]:+.1f} points")
     print(f"{time.perf_counter() - start:.0f} s; figure and numbers in {options.out}")
-    assert min(gain.values()) > -0.01, f"expected no accuracy lost against pruning once, got {gain}"
+    if not options.quick:
+        assert min(gain.values()) > -0.01, f"expected no accuracy lost against pruning once, got {gain}"
 
 
 if __name__ == "__main__":

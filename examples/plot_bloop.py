@@ -14,7 +14,7 @@ that are orthogonal to an average of the past are so to the gradient only while 
 not 0.003 as here, the weighted sums are ahead. With rho = 0.1, and not 0.01, little of the lead is left. Other seeds
 give the same picture; task, rate and rho were chosen after a look at a few.
 
-    python examples/plot_bloop.py [--steps 1000] [--out out/bloop]
+    python examples/plot_bloop.py [--quick] [--steps 1000] [--out out/bloop]
 
 Source: Y.-G. Hsieh, J. Thornton, E. Ndiaye, M. Klein, M. Cuturi, P. Ablin, Careful with that Scalpel: Improving
 Gradient Surgery with an EMA, 2024.
@@ -135,8 +135,11 @@ def draw(fronts: dict[str, list[dict[str, float]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="steps of each training")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/bloop"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 40
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -20,7 +20,7 @@ tested on: errors are 13 and 30 with it, 30 and 41 with 0.1, which leaves most o
 Squared errors need no such term: there the variances shape the correction and do nothing else. On both problems they
 are also the better loss, with nothing and with HardC behind the network.
 
-    python examples/plot_conservation.py [--seeds 3] [--out out/conservation]
+    python examples/plot_conservation.py [--quick] [--seeds 3] [--out out/conservation]
 
 Source: D. Hansen, D. C. Maddix, S. Alizadeh, G. Gupta, M. W. Mahoney, Learning Physical Models that Can Respect
 Conservation Laws, 2023.
@@ -255,8 +255,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/conservation"))
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.steps = 1, 40
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -9,7 +9,7 @@ parameters, once with the equilibrium of its contracting linear maps (one linear
 tested on graphs of the training size and on larger ones. With 5 to 10 actions in a state the values hardly depend on
 anything far away; with 1 to 3 they do.
 
-    python examples/plot_convergent_graph_solver.py [--steps 400] [--out out/convergent_graph_solver]
+    python examples/plot_convergent_graph_solver.py [--quick] [--steps 400] [--out out/convergent_graph_solver]
 
 Source: J. Park, J. Choo, J. Park, Convergent Graph Solvers, ICLR 2022, section 6.2.
 """
@@ -182,8 +182,11 @@ def draw(losses: dict, points: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600, help="training steps for each of the four networks")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/convergent_graph_solver"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 20
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # small graphs: threads would only wait for each other
     start = time.perf_counter()

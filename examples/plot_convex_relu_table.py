@@ -9,7 +9,7 @@ For diabetes the weight decay is also learned without a grid, by the library's o
 of the training part is differentiated through the training of the network on the rest. And of one split, gates and
 starts alone are drawn anew, which shows how much of the spread is training's own.
 
-    python examples/plot_convex_relu_table.py [--seeds 5] [--full] [--out out/convex_relu_table]
+    python examples/plot_convex_relu_table.py [--quick] [--seeds 5] [--full] [--out out/convex_relu_table]
 
 Digits are 300 of the 1797 pictures, in 12 principal components for all three. --full takes all pictures and pixels, and
 200 units for 50; then it runs for many minutes.
@@ -173,11 +173,15 @@ def draw(table: dict, learned: list[float], path: Path) -> None:
 
 
 def main() -> None:
+    global DATA
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="all digits, 200 units")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/convex_relu_table"))
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, DATA = 1, ("wine", "diabetes")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", ConvergenceWarning)  # Adam is stopped after 500 rounds

@@ -6,7 +6,7 @@ from accuracies a thousand times apart it ends at the same loss, which Nelder an
 total variation. A field of experts has some hundred parameters, where they would be of no help; it starts as the
 learned total variation.
 
-    python examples/plot_denoising.py [--full] [--out out/denoising]
+    python examples/plot_denoising.py [--quick] [--full] [--out out/denoising]
 
 ``--full`` works on 96x96 pixels instead of 64x64, with 26 filters of 5x5 instead of 10 of 3x3 (some minutes).
 
@@ -254,7 +254,7 @@ def draw_pictures(columns: dict[str, Tensor], clean: Tensor, filters: Tensor, we
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="96x96 pixels and 26 filters of 5x5")
-    parser.add_argument("--quick", action="store_true", help="a few steps on small pictures, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/denoising"))
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> Path:
     if options.full:
         size, width, budget, longer = 96, 5, 3000, 6000
     if options.quick:
-        size, width, budget, longer = 24, 3, 600, 300
+        size, width, budget, longer = 24, 3, 600, 100
     clean, test = pictures(TRAINING, size), pictures(TEST, size)
     noisy, test_noisy = noise(clean, 0), noise(test, 1)
     f64 = {"dtype": torch.float64}

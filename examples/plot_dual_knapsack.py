@@ -6,7 +6,7 @@ solved for it. Three contenders get the same time: a graph network of some 70 we
 in a row, and DC3, which predicts a full dual solution and corrects it by gradient steps, but never quite makes it
 feasible, so that its own value is no bound; what its prices are worth once they are completed is shown.
 
-    python examples/plot_dual_knapsack.py [--seconds 8] [--out out/dual_knapsack]
+    python examples/plot_dual_knapsack.py [--quick] [--seconds 8] [--out out/dual_knapsack]
 
 Source: M. Tanneau, P. Van Hentenryck, Dual Lagrangian Learning for Conic Optimization, NeurIPS 2024, section 5.1.
 """
@@ -42,15 +42,17 @@ HIDDEN = 2 * (CONSTRAINTS + ITEMS)
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=8.0, help="training time of each contender")
-    parser.add_argument("--tiny", action="store_true", help="few instances, nothing is compiled")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/dual_knapsack"))
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.seconds = min(options.seconds, 0.5)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     start = time.perf_counter()
 
-    counts = (512, 64, 64) if options.tiny else (8192, 512, 4096)
+    counts = (512, 64, 64) if options.quick else (8192, 512, 4096)
     generator = torch.Generator().manual_seed(0)
     data, validation, test = (
         sample_knapsack(count, constraints=CONSTRAINTS, items=ITEMS, generator=generator) for count in counts
@@ -70,7 +72,7 @@ def main(arguments: list[str] | None = None) -> Path:
     share = best_fixed_share(validation, known)
     rule = float(fixed_share(test, exact, share).mean())
 
-    run = inference(proxy_of(contenders["graph network"][0], data), compiled=not options.tiny)
+    run = inference(proxy_of(contenders["graph network"][0], data), compiled=not options.quick)
     solvers = {"HiGHS": solve_knapsacks, "its interior point method": partial(solve_knapsacks, solver="ipm")}
     times = race(run, test, solvers)
     draw(curves, {k: v.numpy() for k, v in spread.items()}, {"one fixed share": rule}, options.out / "knapsack.png")
@@ -91,7 +93,7 @@ def main(arguments: list[str] | None = None) -> Path:
         print(f"{solver}: {1e6 * times['solver_seconds'][solver]:.0f} us an instance, {ratio:.0f} times as much")
     print(f"{time.perf_counter() - start:.0f} s; figure and numbers in {options.out}")
     assert all(float(gap.min()) >= -1e-9 for gap in spread.values())  # bounds are bounds
-    if not options.tiny:
+    if not options.quick:
         assert results["mean gap"]["graph network"] <= 4e-3
         assert results["mean gap"]["graph network"] < min(rule, dc3.completed)
     return options.out

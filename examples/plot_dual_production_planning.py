@@ -9,7 +9,7 @@ without ever making them quite feasible; what its price is worth once it is comp
 The graph network counts in units of the price that would be best if holding were free. In the benchmark's distribution
 holding hardly matters, so that a fixed share of that price, without a network, is already very good: it is shown too.
 
-    python examples/plot_dual_production_planning.py [--seconds 4] [--out out/dual_production_planning]
+    python examples/plot_dual_production_planning.py [--quick] [--seconds 4] [--out out/dual_production_planning]
 
 Source: M. Tanneau, P. Van Hentenryck, Dual Lagrangian Learning for Conic Optimization, NeurIPS 2024, section 5.2.
 """
@@ -43,7 +43,7 @@ SOLVED = 256  # by Clarabel, to check the optima
 
 def compare(items: int, options: argparse.Namespace) -> dict:
     """Trains all contenders on one size, draws the figure, returns the numbers."""
-    counts = (512, 64, 64) if options.tiny else (8192, 512, 4096)
+    counts = (512, 64, 64) if options.quick else (8192, 512, 4096)
     generator = torch.Generator().manual_seed(0)
     data, validation, test = (
         sample_production_planning(count, items=items, generator=generator, dtype=torch.float64) for count in counts
@@ -64,7 +64,7 @@ def compare(items: int, options: argparse.Namespace) -> dict:
         model, data, options.seconds, watch=lambda t: (t, judge(model, validation, known).completed)
     )
     rule = float(fixed_share(test, exact, best_fixed_share(validation, known)).mean())
-    run = inference(proxy_of(contenders["graph network"][0], data), compiled=not options.tiny)
+    run = inference(proxy_of(contenders["graph network"][0], data), compiled=not options.quick)
     times = race(run, test, {"Clarabel": solve_plans})
     draw(
         curves,
@@ -85,9 +85,11 @@ def compare(items: int, options: argparse.Namespace) -> dict:
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=4.0, help="training time of each contender, for each size")
-    parser.add_argument("--tiny", action="store_true", help="few instances, nothing is compiled")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/dual_production_planning"))
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.seconds = min(options.seconds, 0.3)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> Path:
     for found in results.values():
         assert min(found["smallest gap"].values()) >= -1e-9  # bounds are bounds
         assert found["Clarabel against bisection"] <= 1e-5
-        if not options.tiny:
+        if not options.quick:
             assert found["mean gap"]["graph network"] <= 1e-3
             assert found["mean gap"]["graph network"] < found["DC3"]["completed"]
     return options.out

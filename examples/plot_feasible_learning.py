@@ -8,7 +8,7 @@ by gradient descent on losses weighted by multipliers, one for each picture, whi
 above the bound and fall while it is below. The resilient form allows slack u_i at a price a/2 ||u||^2. A small network
 (eight hidden units) trained on the mean loss fits most pictures far better than asked and gives up on a few.
 
-    python examples/plot_feasible_learning.py [--steps 1500] [--out out/feasible_learning]
+    python examples/plot_feasible_learning.py [--quick] [--steps 1500] [--out out/feasible_learning]
 
 Source: J. Ramirez et al., Feasible Learning, 2025.
 """
@@ -113,8 +113,11 @@ def draw(found: dict[str, dict[str, Tensor]], multipliers: dict[str, Tensor], pa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1500, help="steps of each training")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/feasible_learning"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 60
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

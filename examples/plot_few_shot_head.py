@@ -14,7 +14,7 @@ for. Groups of one digit nearly always are: there the heads do equally well, and
 was chosen on seeds 0 to 3, what is shown are later ones. With 5 pictures of a digit instead of 10, or 0.1 as the weight
 decay to begin with, the lead of the ReLU head is smaller and not there for every seed.)
 
-    python examples/plot_few_shot_head.py [--seeds 4] [--steps 80] [--out out/few_shot_head]
+    python examples/plot_few_shot_head.py [--quick] [--seeds 4] [--steps 80] [--out out/few_shot_head]
 
 Source: A. Mishkin, A. Sahiner, M. Pilanci, Fast Convex Optimization for Two-Layer ReLU Networks, 2022, for the head.
 """
@@ -145,8 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=80, help="training steps of each network")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/few_shot_head"))
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.steps = 1, 3
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start, data = time.perf_counter(), Digits()

@@ -13,7 +13,7 @@ seen in training. *Faces*: every face is a class of its own, shown in shifted, m
 patches that show no face; the faces of the test were never seen, so the embedding has to carry over to new classes. The
 faces are the 100 that scikit-image ships (a part of Labeled Faces in the Wild, one picture a person).
 
-    python examples/plot_generalized_sum_pool.py [--steps 100] [--seeds 3] [--out out/generalized_sum_pool]
+    python examples/plot_generalized_sum_pool.py [--quick] [--steps 100] [--seeds 3] [--out out/generalized_sum_pool]
 
 Source: Y. Z. Gurbuz, O. Sener, A. A. Alatan, Generalized Sum Pooling for Metric Learning, 2023.
 """
@@ -231,8 +231,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="steps of each training")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/generalized_sum_pool"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.seeds = 5, 1
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

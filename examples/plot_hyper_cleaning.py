@@ -21,7 +21,7 @@ closely a method minimises the upper loss, the less it is, for 2,000 weights fit
 clean labels are worth as much alone as the thousand clean ones among two thousand: weights add less than a point to
 training on the validation pictures. MAID's first step takes 300 calls, for a certificate with a curvature of 1/1000.
 
-    python examples/plot_hyper_cleaning.py [--full] [--tune] [--out out/hyper_cleaning]
+    python examples/plot_hyper_cleaning.py [--quick] [--full] [--tune] [--out out/hyper_cleaning]
 
 Source: H. Shen, Q. Xiao, T. Chen, On Penalty-based Bilevel Gradient Descent Method, 2023, section 6 (on MNIST, linear:
 accuracy 90.5 %, F1 94.9 % for V-PBGD, from 5,000 validation pictures); there, wrong labels are drawn from all classes.
@@ -123,7 +123,7 @@ def mean(values: list[float]) -> Tensor:
 def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="three times as many calls")
-    parser.add_argument("--quick", action="store_true", help="few calls, little data: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--tune", action="store_true", help="choose settings instead")
     parser.add_argument("--methods", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--out", type=Path, default=Path("out/hyper_cleaning"))

@@ -15,7 +15,7 @@ alike, by softmax regression on their features; those that learned no ridge get 
 themselves. What to see: ten points more than pixels, which joint training falls behind; and half a point to four points
 more than telling all classes apart, not far beyond the spread, where classes have to be the same in all tasks.
 
-    python examples/plot_hyper_representation.py [--steps 60] [--seeds 3] [--out out/hyper_representation]
+    python examples/plot_hyper_representation.py [--quick] [--steps 60] [--seeds 3] [--out out/hyper_representation]
 """
 
 import argparse
@@ -244,8 +244,11 @@ def main(arguments: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60, help="steps of each training")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/hyper_representation"))
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.steps, options.seeds = 4, 1
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

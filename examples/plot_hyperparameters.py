@@ -361,7 +361,7 @@ def draw(curves: dict, unseen: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few steps of everything, one seed")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/hyperparameters"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

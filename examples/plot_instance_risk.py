@@ -10,7 +10,7 @@ with one gradient a row of J, computed by `torch.func`. Both ways train the same
 batches. All rates and seeds train at once: per-example gradients are vmapped over networks, and UPGrad takes a batch of
 Jacobians. For each way the rate with the smallest training loss over the whole run counts.
 
-    python examples/plot_instance_risk.py [--steps 300] [--out out/instance_risk]
+    python examples/plot_instance_risk.py [--quick] [--steps 300] [--out out/instance_risk]
 
 Source: P. Quinton, V. Rey, Jacobian Descent For Multi-Objective Optimization, 2024, section 3.
 """
@@ -134,8 +134,11 @@ def draw(curves: dict[str, dict[str, Tensor]], best: dict[str, int], path: Path)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="steps of each training")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/instance_risk"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 20
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -12,7 +12,7 @@ probability that the label does not get) is robust because its sum over all labe
 
 Sixteen networks, four for each share of wrong labels, are trained at once for each loss.
 
-    python examples/plot_label_noise.py [--steps 700] [--out out/label_noise]
+    python examples/plot_label_noise.py [--quick] [--steps 700] [--out out/label_noise]
 
 Source: D. Zhu, Y. Ying, T. Yang, Label Distributionally Robust Losses for Multi-class Classification, 2023.
 """
@@ -144,8 +144,11 @@ def draw(found: dict[str, Tensor], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=700, help="steps of each training")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/label_noise"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 40
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -9,7 +9,7 @@ has not seen, on the square and on one with walls it has not seen.
 The network saves iterations, a tenth is left on the square and less than half among the walls. But each has a network
 in it: on one core, at this size, conjugate gradients take less time, and a direct solver less than both.
 
-    python examples/plot_learned_directions.py [--steps 300] [--out out/learned_directions]
+    python examples/plot_learned_directions.py [--quick] [--steps 300] [--out out/learned_directions]
 
 Source: A. Kaneda et al., A deep conjugate direction method for iteratively solving linear systems, 2023.
 """
@@ -173,10 +173,14 @@ def draw(losses: list[float], results: dict, free: Tensor, path: Path) -> None:
 
 
 def main() -> None:
+    global GRID
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="of the training")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/learned_directions"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps, GRID = 120, 24
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)

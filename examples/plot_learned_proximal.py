@@ -5,7 +5,7 @@ Gaussian noise of unit variance, first by the absolute error, then by proximal m
 ends near the prox of ``-log p``, which is soft thresholding, and its potential tells the prior: ``|x|`` up to a
 constant.
 
-    python examples/plot_learned_proximal.py [--full] [--out out/learned_proximal]
+    python examples/plot_learned_proximal.py [--quick] [--full] [--out out/learned_proximal]
 
 ``--full`` trains the published network with the published schedule (some minutes).
 
@@ -114,7 +114,7 @@ def train(prox: LearnedProximal, schedule: MatchingSchedule, batch_size: int) ->
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="the published network and schedule")
-    parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs; nothing is asserted")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/learned_proximal"))
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> Path:
     torch.manual_seed(0)
     start = time.perf_counter()
     schedule = MatchingSchedule.paper_scalar() if options.full else MatchingSchedule.fast_scalar()
-    if options.tiny:
+    if options.quick:
         schedule = MatchingSchedule(
             (MatchingStage(steps=20, learning_rate=3e-3), MatchingStage(steps=10, learning_rate=1e-3, gamma=0.5))
         )
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> Path:
     (options.out / "results.json").write_text(json.dumps(measures | {"seconds of training": seconds}, indent=2))
     for name, value in measures.items():
         print(f"{name:<45} {value:.3g}")
-    if not options.tiny:
+    if not options.quick:
         assert measures["mean distance to soft thresholding"] <= 0.12
         assert measures["largest distance to soft thresholding"] <= 0.30
         assert measures["largest distance of the prior"] <= 0.25

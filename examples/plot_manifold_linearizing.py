@@ -6,7 +6,7 @@ manifold linearizing and clustering has learned from the same pictures, by maxim
 rate of the neighbourhoods. Labels serve to count errors; gamma and the number of steps were chosen on the first draw of
 300 digits, and are the same for all.
 
-    python examples/plot_manifold_linearizing.py [--draws 3] [--steps 40] [--out out/manifold_linearizing]
+    python examples/plot_manifold_linearizing.py [--quick] [--draws 3] [--steps 40] [--out out/manifold_linearizing]
 
 Source: T. Ding et al., Unsupervised Manifold Linearizing and Clustering, 2023. There the features come from a deep
 network on augmented pictures; here from a linear map of 64 pixels, which starts as the principal components.
@@ -119,8 +119,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/manifold_linearizing"))
     options = parser.parse_args()
+    if options.quick:
+        options.draws, options.steps = 1, 5
     options.out.mkdir(parents=True, exist_ok=True)
     from sklearn.metrics import normalized_mutual_info_score
 
@@ -149,8 +152,9 @@ def main() -> None:
     print(f"accuracy of each draw: {each}. {time.perf_counter() - start:.0f} s")
     (options.out / "results.json").write_text(json.dumps({"table": table, "loss": curves}, indent=2))
     draw(*first, curves, table, options.out / "manifold_linearizing.png")
-    assert all(values[-1] < values[0] for values in curves), "the loss should fall"
-    assert means["projected"]["within"] > means["cosines"]["within"] + 0.05, "neighbours should be of one digit"
+    if not options.quick:
+        assert all(values[-1] < values[0] for values in curves), "the loss should fall"
+        assert means["projected"]["within"] > means["cosines"]["within"] + 0.05, "neighbours should be of one digit"
     if options.steps >= 40:
         assert means["learned"]["within"] > means["projected"]["within"] + 0.05, "and more so when learned"
         assert means["learned"]["accuracy"] > means["cosines"]["accuracy"] + 0.03, "learning should help"

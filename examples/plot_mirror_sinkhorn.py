@@ -10,7 +10,7 @@ objective
 history. Its gap to the optimum, which linear programming and a conic solver give, falls like 1 / sqrt(steps) or faster.
 All seeds run at once, as a batch.
 
-    python examples/plot_mirror_sinkhorn.py [--steps 3200] [--out out/mirror_sinkhorn]
+    python examples/plot_mirror_sinkhorn.py [--quick] [--steps 3200] [--out out/mirror_sinkhorn]
 
 Source: M. Ballu, Q. Berthet, Mirror Sinkhorn: Fast Online Optimization on Transport Polytopes, 2023.
 """
@@ -122,8 +122,11 @@ def draw(counts: list[int], curves: dict[str, dict[float, Tensor]], path: Path) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3200, help="steps of the longest run")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/mirror_sinkhorn"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 320
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

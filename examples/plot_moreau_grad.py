@@ -6,7 +6,7 @@ neighbourhood; with an l1 penalty most of its pixels are exactly zero. Here four
 the gradient, its mean over noisy copies (SmoothGrad), MoreauGrad, and sparse MoreauGrad. Each is cut to the same number
 of largest entries, and measured by how far it moves when the image is moved by a random perturbation of fixed length.
 
-    python examples/plot_moreau_grad.py [--images 30] [--out out/moreau_grad]
+    python examples/plot_moreau_grad.py [--quick] [--images 30] [--out out/moreau_grad]
 
 Source: J. Zhang, F. Farnia, MoreauGrad: Sparse and Robust Interpretation of Neural Networks via Moreau Envelope,
 ICCV 2023.
@@ -164,8 +164,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=30, help="test images that are explained")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the network")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/moreau_grad"))
     options = parser.parse_args()
+    if options.quick:
+        options.images, options.steps = 6, 150
     options.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     x_train, y_train, x_test, y_test = digits()
@@ -183,7 +186,8 @@ def main() -> None:
     ratio = measures["sparse MoreauGrad"]["change"] / measures["gradient"]["change"]
     print(f"sparse MoreauGrad changes {ratio:.2f} times as much as the gradient")
     print(f"{time.perf_counter() - start:.0f} s; figure and numbers in {options.out}")
-    assert ratio < 0.8, f"expected a map that changes less than the gradient, got {ratio:.2f} times as much"
+    if not options.quick:
+        assert ratio < 0.8, f"expected a map that changes less than the gradient, got {ratio:.2f} times as much"
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ constraint; but one constraint, which can do less, makes the network learn more,
 for more. An expert of the second half of the time does not know where the first one ended, and loses its way. The flows
 are smooth and a solver needs milliseconds for them: this is about constraints, not about speed.
 
-    python examples/plot_navier_stokes.py [--seeds 3] [--out out/navier_stokes]
+    python examples/plot_navier_stokes.py [--quick] [--seeds 3] [--out out/navier_stokes]
 
 Source: N. Chalapathi, Y. Du, A. S. Krishnapriyan, Scaling physics-informed hard constraints with mixture-of-experts,
 2024, section 4.2. Departure: the residual is squared once in the inner problem, not twice; derivatives know that the
@@ -256,8 +256,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/navier_stokes"))
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.steps = 1, 4
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -275,7 +278,8 @@ def main() -> None:
             mean[f"{name}, residual"] = residual
         print(line)
     assert all(run[name]["converged"] for run in results for name in ALL)
-    assert mean[f"{LATER}, residual"] < mean["one constraint, residual"], "more freedom, the same network"
+    if not options.quick:
+        assert mean[f"{LATER}, residual"] < mean["one constraint, residual"], "more freedom, the same network"
     if options.steps >= 100:
         assert mean["one constraint"] < 0.9 * mean["soft penalty"] < 0.5 * mean["diffusion alone"]
         assert mean[LATER] < mean["one constraint"] < 7.0

@@ -8,7 +8,7 @@ absolute sum that keeps the layer's responses to 500 training pictures, up to a 
 No retraining, no labels. Pruning by magnitude removes as many weights of each layer, the smallest, so that both
 networks have the same number of weights in every layer.
 
-    python examples/plot_net_trim.py [--seeds 3] [--out out/net_trim]
+    python examples/plot_net_trim.py [--quick] [--seeds 3] [--out out/net_trim]
 
 Source: A. Aghasi, A. Abdi, N. Nguyen, J. Romberg, Net-Trim: Convex Pruning of Deep Neural Networks with Performance
 Guarantee, 2017.
@@ -155,8 +155,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800, help="training steps of a network")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="pictures that the responses are kept on")
     parser.add_argument("--tolerances", type=float, nargs="+", default=TOLERANCES)
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/net_trim"))
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.steps, options.samples, options.tolerances = 1, 50, 100, TOLERANCES[::3]
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

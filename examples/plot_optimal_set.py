@@ -14,7 +14,7 @@ problem form a polytope, which can be written down: same fit of the training dat
    To drop the smallest neurons instead costs at once.
 4. Below minimality something is lost. Rescaling the neurons that stay, by least squares, saves most of it.
 
-    python examples/plot_optimal_set.py [--splits 8] [--out out/optimal_set]
+    python examples/plot_optimal_set.py [--quick] [--splits 8] [--out out/optimal_set]
 
 Source: A. Mishkin, M. Pilanci, Optimal Sets and Solution Paths of ReLU Networks, 2023.
 """
@@ -249,8 +249,11 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=8, help="splits with few patients")
     parser.add_argument("--patients", type=int, nargs=2, default=(100, 398), help="of the two larger problems")
     parser.add_argument("--gates", type=int, nargs=2, default=(500, 300), help="of the two larger problems")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/optimal_set"))
     options = parser.parse_args()
+    if options.quick:
+        options.splits, options.patients, options.gates = 2, (60, 120), (120, 100)
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

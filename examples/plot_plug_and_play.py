@@ -5,7 +5,7 @@ prior that can be evaluated. The same network then restores digits that it has n
 ones of which half of the pixels are missing: ADMM, with a penalty for which convergence is proven. Total variation
 stands beside it, with the best weight for these very images.
 
-    python examples/plot_plug_and_play.py [--full] [--out out/plug_and_play]
+    python examples/plot_plug_and_play.py [--quick] [--full] [--out out/plug_and_play]
 
 ``--full`` trains for 6,000 steps instead of 600.
 
@@ -180,18 +180,18 @@ def draw(clean: Tensor, shown: dict[str, dict[str, Tensor]], runs: dict[str, Res
 def main(arguments: list[str] | None = None) -> Path:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="ten times more training")
-    parser.add_argument("--tiny", action="store_true", help="a few steps, to see that it runs; nothing is asserted")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/plug_and_play"))
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     images = digits()
-    clean = images[: 2 if options.tiny else 16]
-    prox = learn(images[100:], 12 if options.tiny else 6000 if options.full else 600, options.out)
+    clean = images[: 2 if options.quick else 16]
+    prox = learn(images[100:], 12 if options.quick else 6000 if options.full else 600, options.out)
     shown, runs, rows = {}, {}, []
     with torch.no_grad():
         for task, (operator, observation, init) in tasks(clean).items():
-            solver = ADMM(rtol=0.0, max_steps=3 if options.tiny else STEPS)
+            solver = ADMM(rtol=0.0, max_steps=3 if options.quick else STEPS)
             runs[task] = restore(observation, operator, prox, solver=solver, init=init, on_failure="ignore")
             states = {
                 "observed" if init is None else "holes filled": observation if init is None else init,
@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> Path:
         print(f"{row['task']:<12} {row['image']:<18} {row['psnr']:.2f} dB")
     for name, value in values.items():
         print(f"learned prior, {name:<20} {value:+.2f}")
-    if not options.tiny:
+    if not options.quick:
         observed, tv, learned = (row["psnr"] for row in rows[:3])
         assert learned > tv > observed, "the learned prior deblurs better than total variation"
         for run in runs.values():

@@ -12,7 +12,7 @@ The same network is trained in two ways more. In two stages: on photographs with
 before the program. And end to end on the same kind of puzzles, for ten times as many steps, but with dense layers where
 the program was, which have to learn the rules too.
 
-    python examples/plot_quadratic_program_layer.py [--steps 300] [--out out/quadratic_program_layer]
+    python examples/plot_quadratic_program_layer.py [--quick] [--steps 300] [--out out/quadratic_program_layer]
 
 Source: B. Amos, J. Z. Kolter, OptNet: Differentiable Optimization as a Layer in Neural Networks, 2017, section 4.4.
 """
@@ -276,8 +276,11 @@ def labelled(count: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="steps of training with the program")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/quadratic_program_layer"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 25
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -12,7 +12,7 @@ dimensions as well. Products with the matrix are counted, those that bring recyc
 them (SciPy's count has also the one that measures the residual at a restart, one in 40 or fewer), and every solution is
 compared with SuperLU.
 
-    python examples/plot_recycled_krylov.py [--systems 40] [--out out/recycled_krylov]
+    python examples/plot_recycled_krylov.py [--quick] [--systems 40] [--out out/recycled_krylov]
 
 Source: H. Wang et al., Accelerating data generation for neural operators via Krylov subspace recycling, 2024.
 """
@@ -157,8 +157,11 @@ def draw(kappa: Tensor, exact: Tensor, results: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--systems", type=int, default=40, help="length of the sequence")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/recycled_krylov"))
     options = parser.parse_args()
+    if options.quick:
+        options.systems = 8
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

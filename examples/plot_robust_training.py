@@ -12,7 +12,7 @@ and by many such steps, projected to the ball (PGD). The certified accuracy is w
 Gates matter: a ball must fit into the cell of a gate on all training pictures. Random gates pass next to some picture
 and are useless here; those that separate groups of similar pictures leave room.
 
-    python examples/plot_robust_training.py [--pictures 80] [--out out/robust_training]
+    python examples/plot_robust_training.py [--quick] [--pictures 80] [--out out/robust_training]
 
 Source: Y. Bai, T. Gautam, S. Sojoudi, Efficient Global Optimization of Two-Layer ReLU Networks, 2023.
 """
@@ -188,8 +188,11 @@ def draw(found: dict, slopes: dict, room: dict, curves: dict, path: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictures", type=int, default=80, help="pictures to learn from")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/robust_training"))
     options = parser.parse_args()
+    if options.quick:
+        options.pictures = 20
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -11,7 +11,7 @@ A gated network is trained faster than a ReLU network and turned into one with t
 difference of two that keep to the cell of its gate. The price is the penalty. It is drawn for the three decompositions,
 for several strengths of weight decay, beside that of the ReLU network which the convex program trains over those gates.
 
-    python examples/plot_sampled_program.py [--seeds 4] [--starts 20] [--out out/sampled_program]
+    python examples/plot_sampled_program.py [--quick] [--seeds 4] [--starts 20] [--out out/sampled_program]
 
 Sources: Y. Bai, T. Gautam, S. Sojoudi, Efficient Global Optimization of Two-Layer ReLU Networks, 2023 (sampled
 program); A. Mishkin, A. Sahiner, M. Pilanci, Fast Convex Optimization for Two-Layer ReLU Networks, 2022
@@ -154,8 +154,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=4, help="draws of directions")
     parser.add_argument("--starts", type=int, default=20, help="starts of L-BFGS")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/sampled_program"))
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.starts = 1, 2
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

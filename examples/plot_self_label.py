@@ -9,7 +9,7 @@ is used. Without the condition on the columns, labels are the largest prediction
 clusters. How well clusters agree with the ten digits is measured by normalised mutual information (NMI), as it is for
 K-means.
 
-    python examples/plot_self_label.py [--seeds 3] [--rounds 24] [--out out/self_label]
+    python examples/plot_self_label.py [--quick] [--seeds 3] [--rounds 24] [--out out/self_label]
 
 Source: Y. M. Asano, C. Rupprecht, A. Vedaldi, Self-labelling via simultaneous clustering and representation learning,
 2020.
@@ -141,8 +141,11 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=24, help="labellings, each followed by one pass over the pictures"
     )
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/self_label"))
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.rounds = 1, 3
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

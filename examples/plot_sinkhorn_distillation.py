@@ -11,7 +11,7 @@ figure shows what that gives along the training. Students of all ways, weights a
 the Sinkhorn distance is chosen on pictures for validation, accuracies are on others. On these pictures the three ways
 end closer to each other than five seeds could tell apart.
 
-    python examples/plot_sinkhorn_distillation.py [--steps 1000] [--out out/sinkhorn_distillation]
+    python examples/plot_sinkhorn_distillation.py [--quick] [--steps 1000] [--out out/sinkhorn_distillation]
 
 Source: X. Cui et al., Sinkhorn Distance Minimization for Knowledge Distillation, 2024.
 """
@@ -186,8 +186,11 @@ def draw(rows: dict[str, Tensor], curves: dict, ways: list[int], errors: Tensor,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="steps of the students")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/sinkhorn_distillation"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 60
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -9,7 +9,7 @@ analysis it explains more, since every picture picks its own atoms. Then a linea
 that dictionary and once with a dictionary that the classifier's loss may change: the gradient goes through the codes,
 exactly, by a solve on the support of each code.
 
-    python examples/plot_sparse_coding.py [--steps 300] [--out out/sparse_coding]
+    python examples/plot_sparse_coding.py [--quick] [--steps 300] [--out out/sparse_coding]
 
 Source: J. Mairal, F. Bach, J. Ponce, Task-driven dictionary learning, 2012.
 """
@@ -152,8 +152,11 @@ def draw(layer: SparseCoding, task: SparseCoding, curves: dict, accuracy: dict, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="steps of each of the three trainings")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/sparse_coding"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 20
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

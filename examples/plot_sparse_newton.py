@@ -9,7 +9,7 @@ that of the pictures the layer keeps all entries: nothing is to be saved.)
 The error is that of the plan's sums in the L1 norm, relative to the mass. Both curves come from the public layer: it is
 stopped after one step more each time, or goes on from its last potentials.
 
-    python examples/plot_sparse_newton.py [--steps 40000] [--out out/sparse_newton]
+    python examples/plot_sparse_newton.py [--quick] [--steps 40000] [--out out/sparse_newton]
 
 Source: X. Tang et al., Accelerating Sinkhorn Algorithm with Sparse Newton Iterations, 2024, section 5.
 """
@@ -125,8 +125,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40_000, help="of Sinkhorn's iteration, at most")
     parser.add_argument("--size", type=int, default=500, help="of the assignment problem")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/sparse_newton"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps, options.size = 300, 150
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

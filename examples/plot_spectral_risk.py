@@ -12,7 +12,7 @@ Eight random splits are trained at once: losses of shape (8, 800) give eight ris
 until it stands still, for four strengths of weight decay, and each is judged at the strength that is best for it: a
 classifier that is hardly regularised comes closer to fitting all pictures, whatever the risk.
 
-    python examples/plot_spectral_risk.py [--steps 300] [--out out/spectral_risk]
+    python examples/plot_spectral_risk.py [--quick] [--steps 300] [--out out/spectral_risk]
 
 Source: R. Mehta, V. Roulet, K. Pillutla, Z. Harchaoui, Distributionally Robust Optimization with Bias and Variance
 Reduction, 2024.
@@ -159,8 +159,11 @@ def draw(found: dict[str, dict[float, dict[str, Tensor]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="at most so many steps of L-BFGS for each training")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/spectral_risk"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 10
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -9,7 +9,7 @@ projects every task's gradient on the cone of directions that no task resists, a
 All pictures are in every step, so a loss that rises does so because of the other tasks, not by chance. UPGrad's steps
 are longer than those of the mean; a third run follows the mean with steps as long as UPGrad would make them there.
 
-    python examples/plot_upgrad_digits.py [--steps 300] [--out out/upgrad_digits]
+    python examples/plot_upgrad_digits.py [--quick] [--steps 300] [--out out/upgrad_digits]
 
 Source: P. Quinton, V. Rey, Jacobian Descent For Multi-Objective Optimization, 2024, section 3.
 """
@@ -126,8 +126,11 @@ def draw(curves: dict[str, Tensor], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="steps of each training")
+    parser.add_argument("--quick", action="store_true", help="a few seconds: small data, few steps, no claims")
     parser.add_argument("--out", type=Path, default=Path("out/upgrad_digits"))
     options = parser.parse_args()
+    if options.quick:
+        options.steps = 12
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     start = time.perf_counter()

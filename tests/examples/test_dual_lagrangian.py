@@ -52,7 +52,7 @@ def certified(k, y):
 def test_knapsack_example(tmp_path, capsys):
     import plot_dual_knapsack as example
 
-    folder = example.main(["--tiny", "--seconds", "0.5", "--out", str(tmp_path)])
+    folder = example.main(["--quick", "--seconds", "0.5", "--out", str(tmp_path)])
     found = json.loads((folder / "results.json").read_text())
     assert (folder / "knapsack.png").stat().st_size > 10_000
     assert min(found["smallest gap"].values()) > -1e-9
@@ -63,7 +63,7 @@ def test_knapsack_example(tmp_path, capsys):
 def test_production_planning_example(tmp_path, capsys):
     import plot_dual_production_planning as example
 
-    folder = example.main(["--tiny", "--seconds", "0.3", "--out", str(tmp_path)])
+    folder = example.main(["--quick", "--seconds", "1.0", "--out", str(tmp_path)])
     found = json.loads((folder / "results.json").read_text())
     assert (folder / "planning_10.png").stat().st_size > 10_000
     for size in found.values():

@@ -34,7 +34,7 @@ def written(folder: Path, figure: str) -> dict:
 def test_learned_proximal(tmp_path, capsys):
     import plot_learned_proximal as example
 
-    numbers = written(example.main(["--tiny", "--out", str(tmp_path)]), "laplacian.png")
+    numbers = written(example.main(["--quick", "--out", str(tmp_path)]), "laplacian.png")
     assert numbers["gradient of the prior against the inverse"] <= 1e-6
     assert numbers["gradient of the prior against differences"] <= 1e-6
     assert "distance to soft thresholding" in capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_learned_proximal(tmp_path, capsys):
 def test_plug_and_play(tmp_path, capsys):
     import plot_plug_and_play as example
 
-    numbers = written(example.main(["--tiny", "--out", str(tmp_path)]), "digits.png")
+    numbers = written(example.main(["--quick", "--out", str(tmp_path)]), "digits.png")
     assert [row["image"] for row in numbers["psnr"]] == [
         *("observed", "total variation", "learned"),
         *("holes filled", "total variation", "learned"),
@@ -55,7 +55,7 @@ def test_plug_and_play(tmp_path, capsys):
 def test_tomography(tmp_path, capsys):
     import plot_tomography as example
 
-    numbers = written(example.main(["--tiny", "--out", str(tmp_path)]), "phantom.png")
+    numbers = written(example.main(["--quick", "--out", str(tmp_path)]), "phantom.png")
     assert numbers["total variation"] > numbers["filtered back projection"]
     assert "dB" in capsys.readouterr().out
 
