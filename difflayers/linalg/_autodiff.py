@@ -40,6 +40,8 @@ def _derives_in_inference_mode() -> bool:
 
 def check_inference_mode() -> None:
     """Refuses inference mode before a derivative is taken, where this torch would return zeros."""
+    if torch.compiler.is_compiling():  # Dynamo cannot follow the question
+        return
     if torch.is_inference_mode_enabled() and not _derives_in_inference_mode():
         raise RuntimeError(
             f"torch {torch.__version__} takes every derivative to be zero inside torch.inference_mode(), and this call "
