@@ -17,8 +17,13 @@ def check_tensor(name: str, value: object, *, min_ndim: int = 0) -> Tensor:
     if not value.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor, got {value.dtype}")
     if value.ndim < min_ndim:
-        raise ValueError(f"{name}: expected at least {min_ndim} dimensions, got shape {tuple(value.shape)}")
+        raise ValueError(f"{name}: expected at least {dimensions(min_ndim)}, got shape {tuple(value.shape)}")
     return value
+
+
+def dimensions(count: int) -> str:
+    """How many, in words."""
+    return "1 dimension" if count == 1 else f"{count} dimensions"
 
 
 def check_same(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -70,6 +75,14 @@ def broadcast_batch(named: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[int, 
         except RuntimeError:
             raise ValueError(f"{name}: expected batch dimensions that broadcast with {batch}, got {shape}") from None
     return batch
+
+
+def fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether a tensor of `shape` broadcasts to `target` without widening it."""
+    # sequences of equal lengths: Dynamo of torch 2.6 cannot stop at the end of the shorter one
+    return len(shape) <= len(target) and all(
+        a in (1, b) for a, b in zip(shape, target[len(target) - len(shape) :], strict=True)
+    )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from difflayers.linalg._autodiff import forward_mode, physical, primal, quick_apply
+from difflayers.linalg._autodiff import forward_mode, outside_transforms, physical, primal, quick_apply
 from difflayers.linalg._captured import _differentiated
 from difflayers.linalg._grads_batched import batched_backward
 
@@ -60,7 +60,7 @@ class Crossing(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: Any, step: str, group: Any, x: Tensor, known: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        return Crossing.apply(step, group, x.movedim(in_dims[2], -1)), -1
+        return Crossing.apply(step, group, x.movedim(in_dims[2], -1)), x.ndim - 1  # torch 2.6 does not know -1
 
 
 def crossed(step: str, group: Any, leaves: Sequence[Tensor]) -> list[Tensor]:
@@ -88,10 +88,11 @@ def tied(value: Tensor, *many: Sequence[Tensor]) -> Tensor:
 
 def every(group: Any, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
     """The integers of every process, as many in each."""
-    own = torch.tensor(list(numbers), dtype=torch.int64, device=device)
-    found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(found, own, group=group)
-    rows: list[list[int]] = torch.stack(found).tolist()
+    with outside_transforms():
+        own = torch.tensor(list(numbers), dtype=torch.int64, device=device)
+        found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(found, own, group=group)
+        rows: list[list[int]] = torch.stack(found).tolist()
     return rows
 
 

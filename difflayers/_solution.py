@@ -254,8 +254,10 @@ def _stacklevel() -> int:
 
 
 def _describe(info: Info, failed: Tensor, name: str, phase: str) -> str:
-    where = [tuple(index) for index in failed.nonzero().tolist()]
-    shown = ", ".join(str(index[0] if len(index) == 1 else index) for index in where[:8])
+    where = failed.nonzero()
+    # entry by entry: `tolist` of torch 2.6 fails on what is computed inside a transform
+    first = [tuple(int(i) for i in index) for index in where[:8]]
+    shown = ", ".join(str(index[0] if len(index) == 1 else index) for index in first)
     more = f" and {len(where) - 8} more" if len(where) > 8 else ""
     which = f" (elements {shown}{more})" if failed.ndim else ""
     kinds = sorted({Status(int(code)) for code in info.status[failed].unique()})

@@ -133,7 +133,7 @@ CASE = LayerCase(
         Hostile("a share above one", (x, q + 1, eps), raises=SolveError, match="INFEASIBLE"),
     ),
     wrong=(
-        Wrong("a number for a sample", (x[0, 0], q, eps), "x: expected at least 1 dimensions"),
+        Wrong("a number for a sample", (x[0, 0], q, eps), "x: expected at least 1 dimension"),
         Wrong("batches that do not fit", (x, torch.cat([q, q]), eps), "q: expected batch dimensions"),
     ),
     make_module=lambda: SoftQuantile(0.3, 0.5).double(),

@@ -18,7 +18,7 @@ from difflayers.implicit._argmin import ARGMIN
 from difflayers.implicit._constraints import ConstrainedSolution, Constraint
 from difflayers.implicit._iterate import IterativeSolver
 from difflayers.implicit._problem import solve_inner
-from difflayers.linalg._autodiff import autocast_off, opaque, transforms_active
+from difflayers.linalg._autodiff import autocast_off, gradients, opaque, transforms_active
 from difflayers.linalg._captured import gradients_wanted, refuse_held, refuse_seen
 
 from ._group import alone, announced, entering, group_of, leaving, process_group
@@ -295,4 +295,4 @@ def _gradient_of(slope: Tensor, z: Tensor, v: Tensor) -> Tensor:
     """The Hessian times a vector."""
     if not slope.requires_grad:
         return torch.zeros_like(v)
-    return torch.autograd.grad(slope, z, v, retain_graph=True, allow_unused=True, materialize_grads=True)[0]
+    return gradients(slope, z, v, retain_graph=True)[0]

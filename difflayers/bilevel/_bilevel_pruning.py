@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from difflayers._checks import check_shape
+from difflayers.linalg._autodiff import gradients
 
 from ._method import StepStats, norm
 from ._options import check_number
@@ -207,7 +208,7 @@ class BilevelPruning(nn.Module):
         try:
             with torch.enable_grad():
                 value = _scalar(loss(self, batch))
-                slopes = torch.autograd.grad(value, list(at.values()), materialize_grads=True, allow_unused=True)
+                slopes = gradients(value, list(at.values()))
         finally:
             self._evaluated_at = None
         gradient = self.mask_gradient(dict(zip(at, slopes, strict=True)))

@@ -24,6 +24,7 @@ from difflayers._checks import check_same, check_shape, check_tensor
 from difflayers._solution import Solution, SolveError, Status
 from difflayers.implicit import Implicit
 from difflayers.linalg import CG
+from difflayers.linalg._autodiff import forward_mode_lock
 
 from ._hypergradient import Adjoint, Hypergradient, hypergradient
 from ._method import StepStats, norm
@@ -298,7 +299,8 @@ class Linearised:
 
     def outputs(self, u: Tensor, base: Tensor, head: Tensor, tangent: Tensor) -> tuple[Tensor, Tensor]:
         """Features, and outputs without the regression."""
-        h, dh = jvp(lambda weights: self.features(u, weights), (base,), (tangent,))
+        with forward_mode_lock:
+            h, dh = jvp(lambda weights: self.features(u, weights), (base,), (tangent,))
         return h, (h + dh) @ head
 
     def lower(self, x: dict[str, Tensor], tangent: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:

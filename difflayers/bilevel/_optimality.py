@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difflayers.linalg._autodiff import gradients
+
 from ._active_set import active_rows, length_of, reach
 from ._curvature import Curvature
 from ._oracles import Oracles, Recorded, _gradient, _joined
@@ -105,7 +107,7 @@ def support_curvature(
         there = prox(point)
     w = ramp(point.detach())
     for _ in range(seen.keep if there.requires_grad else 0):
-        v = torch.autograd.grad(there, point, w, retain_graph=True, materialize_grads=True)[0]
+        v = gradients(there, point, w, retain_graph=True)[0]
         bent = product(v)
         seen.add(v, bent + (w - v) / step)
         w = v - step * bent
@@ -164,9 +166,9 @@ def _rows(oracles: Oracles, h: Tensor, near: float | Tensor = math.inf) -> tuple
         rows = h.new_zeros(len(index), n)
         if h.requires_grad:
             unit = torch.nn.functional.one_hot(index, m).to(h)
-            single = {"grad_outputs": unit[0]} if chunk == 1 else {"grad_outputs": unit, "is_grads_batched": True}
-            grads = torch.autograd.grad(
-                h, oracles.y, retain_graph=True, allow_unused=True, materialize_grads=True, **single
+            one = chunk == 1
+            grads = gradients(
+                h, oracles.y, unit[0] if one else unit, retain_graph=True, rows=None if one else len(index)
             )
             rows = torch.cat([g.reshape(len(index), -1) for g in grads], -1)
         close = h.detach()[index] >= -near * torch.linalg.vector_norm(rows, dim=-1)

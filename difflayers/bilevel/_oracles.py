@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from difflayers.linalg._autodiff import gradients
+
 from ._curvature import Curvature
 from ._group import announced, group_of
 from ._objective import Objective
@@ -102,11 +104,7 @@ class Recorded:
     ) -> Tensor:
         if not self.value.requires_grad:
             return _joined([torch.zeros_like(leaf) for leaf in leaves], rows)
-        parts = torch.autograd.grad(
-            self.value, leaves, v, retain_graph=True, create_graph=create_graph, allow_unused=True,
-            materialize_grads=True,
-        )  # fmt: skip
-        return _joined(parts, rows)
+        return _joined(gradients(self.value, leaves, v, retain_graph=True, create_graph=create_graph), rows)
 
     def _forward(self, leaves: Sequence[Tensor], u: Tensor, rows: int | None = None) -> Tensor:
         probe = torch.zeros_like(self.value).requires_grad_()
@@ -114,7 +112,7 @@ class Recorded:
             pulled = self._backward(leaves, probe, rows, create_graph=True)  # linear in the probe
         if not pulled.requires_grad:
             return torch.zeros_like(probe)
-        return torch.autograd.grad(pulled, probe, u, allow_unused=True, materialize_grads=True)[0]
+        return gradients(pulled, probe, u)[0]
 
 
 class Oracles:
@@ -244,10 +242,7 @@ def _gradient(
     if not value.requires_grad:
         return tuple(torch.zeros_like(leaf) for leaf in leaves)
     of_sum = None if value.ndim == 0 else torch.ones_like(value)
-    parts = torch.autograd.grad(
-        value, leaves, of_sum, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True,
-        materialize_grads=True,
-    )  # fmt: skip
+    parts = gradients(value, leaves, of_sum, retain_graph=retain_graph, create_graph=create_graph)
     return tuple(part.to_dense() if part.layout is torch.sparse_coo else part for part in parts)
 
 

@@ -346,7 +346,9 @@ class Product(Cone):
         """``formula(cone, *blocks)`` on every run, put together again."""
         if not self.parts:
             return xs[0].clone()
-        done = [formula(cone, *b) for (cone, *_), *b in zip(self._runs(), *map(self._blocks, xs), strict=True)]
+        # a list: where a cone breaks the graph, Dynamo of torch 2.6 cannot carry `zip(strict=True)` over the break
+        runs = list(zip(self._runs(), *map(self._blocks, xs), strict=True))
+        done = [formula(cone, *b) for (cone, *_), *b in runs]
         return torch.cat([z.flatten(-1 - cone.ndim) for z, (cone, *_) in zip(done, self._runs(), strict=True)], -1)
 
     def _onto(self, x: Tensor) -> Tensor:
@@ -358,7 +360,8 @@ class Product(Cone):
         return self._on_blocks(lambda cone, x, d: cone._along(x, d), x, direction)
 
     def _in_interior(self, x: Tensor) -> Tensor:
-        inside = [c._in_interior(b).all(-1) for (c, *_), b in zip(self._runs(), self._blocks(x), strict=True)]
+        runs = list(zip(self._runs(), self._blocks(x), strict=True))  # a list, as above
+        inside = [c._in_interior(b).all(-1) for (c, *_), b in runs]
         return torch.stack(inside, -1).all(-1)
 
 

@@ -55,12 +55,12 @@ class Sorted(NamedTuple):
         """The mean of every entry's block."""
         return block_sums(v, self.blocks) / self.size
 
-    @property
+    # methods, since Dynamo of torch 2.6 trips over the properties of a named tuple
+
     def n(self) -> int:
         """The number of losses."""
         return self.losses.shape[-1]
 
-    @property
     def free(self) -> Tensor:
         """Where there is no penalty."""
         return self.scale.detach() == 0
@@ -131,14 +131,14 @@ class ChiSquare(Divergence):
         """By how much a loss is above the mean of its block, and that over the scale."""
         gap = at.losses - at.anchor
         above = gap - at.mean_of(gap)
-        return above, torch.where(at.free, 0, above / torch.where(at.free, 1, at.scale))
+        return above, torch.where(at.free(), 0, above / torch.where(at.free(), 1, at.scale))
 
     def _weights(self, at: Sorted) -> Tensor:
         return at.mean + self._above_mean(at)[1]
 
     def _risk(self, at: Sorted) -> Tensor:
         above, shift = self._above_mean(at)
-        return at.mean * at.losses + above * shift / 2 - at.scale / 2 * (at.mean - 1 / at.n).square()
+        return at.mean * at.losses + above * shift / 2 - at.scale / 2 * (at.mean - 1 / at.n()).square()
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +163,12 @@ class KL(Divergence):
 
     def _weights(self, at: Sorted) -> Tensor:
         e, mean = self._shares(at)
-        return torch.where(at.free, at.mean, at.mean * (e / mean))
+        return torch.where(at.free(), at.mean, at.mean * (e / mean))
 
     def _risk(self, at: Sorted) -> Tensor:
-        base = torch.where(at.free, at.losses, at.anchor + at.scale * self._shares(at)[1].log())
+        base = torch.where(at.free(), at.losses, at.anchor + at.scale * self._shares(at)[1].log())
         # only without a penalty is there a block of zeros: then the logarithm does not count
-        log_ratio = (at.n * at.mean).clamp_min(torch.finfo(at.mean.dtype).tiny).log()
+        log_ratio = (at.n() * at.mean).clamp_min(torch.finfo(at.mean.dtype).tiny).log()
         return at.mean * (base - at.scale * log_ratio)
 
 

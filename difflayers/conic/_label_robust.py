@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from difflayers._checks import check_same, check_tensor, compute_dtype
+from difflayers._checks import check_same, check_tensor, compute_dtype, fits
 from difflayers._solution import Info, Status
 from difflayers.implicit import ImplicitProblem, envelope, solution_map
 from difflayers.linalg._autodiff import autocast_off
@@ -210,8 +210,7 @@ def _beside_classes(name: str, number: Number, d: Tensor, **limits: float) -> Te
 
 
 def _check_fits(name: str, t: Tensor, shape: torch.Size, of: str) -> None:
-    fits = t.ndim <= len(shape) and all(a in (1, b) for a, b in zip(t.shape[::-1], shape[::-1], strict=False))
-    if not fits:
+    if not fits(t.shape, shape):
         raise ValueError(f"{name}: expected a shape that broadcasts to {tuple(shape)}, {of}, got {tuple(t.shape)}")
 
 

@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor
+from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor, dimensions
 
 
 class Unknown:
@@ -129,7 +129,7 @@ class Arguments:
             for name, t, k in zip(self.names, self.tensors, self.ndims, strict=True):
                 if t.ndim < k:
                     raise ValueError(
-                        f"{name}: expected at least {k} dimensions (arg_ndims), got shape {tuple(t.shape)}"
+                        f"{name}: expected at least {dimensions(k)} (arg_ndims), got shape {tuple(t.shape)}"
                     )
 
     def batch(self) -> list[tuple[str, tuple[int, ...]]]:

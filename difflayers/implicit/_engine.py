@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difflayers._checks import broadcast_batch, check_finite, check_same
+from difflayers._checks import broadcast_batch, check_finite, check_same, dimensions
 from difflayers._solution import (
     Info,
     OnFailure,
@@ -253,7 +253,7 @@ def _apply(problem: ImplicitProblem, args: Sequence[Tensor], on_failure: OnFailu
         if not isinstance(arg, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(arg).__name__}")
         if arg.ndim < k:
-            raise ValueError(f"{name}: expected at least {k} dimensions, got shape {tuple(arg.shape)}")
+            raise ValueError(f"{name}: expected at least {dimensions(k)}, got shape {tuple(arg.shape)}")
     check_same((n, a) for n, a in zip(names, args, strict=True) if a.is_floating_point())
     broadcast_batch((n, tuple(a.shape[: a.ndim - k])) for n, a, k in zip(names, args, problem.arg_ndims, strict=True))
     look = gradients_wanted()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from difflayers._solution import (
 )
 from difflayers.linalg import LinearSolver
 from difflayers.linalg._autodiff import (
+    gradients,
     linearise,
     pullback,
     push_forward,
@@ -62,7 +63,7 @@ class ImplicitProblem:
     value_ndim: int
     arg_ndims: tuple[int, ...] | None
     factor_ndims: tuple[int, ...] = ()
-    adjoint: Implicit | Neumann | OneStep = field(default_factory=Implicit)
+    adjoint: Implicit | Neumann | OneStep = Implicit()  # one for all: Dynamo of torch 2.6 cannot call a factory
     symmetric: bool = False
     jacobian_product: Callable[..., Tensor] | None = None
     name: str = "solution_map"
@@ -94,9 +95,7 @@ class Recorded:
         """The cotangent of the value."""
         if not self.residual.requires_grad:  # it depends on nothing
             return torch.zeros_like(self.value)
-        return torch.autograd.grad(
-            self.residual, self.value, v, retain_graph=True, allow_unused=True, materialize_grads=True
-        )[0]
+        return gradients(self.residual, self.value, v, retain_graph=True)[0]
 
     def cotangents(self, v: Tensor) -> list[Tensor | None]:
         """Cotangents of the arguments, None where none is wanted or the residual does not depend on it."""

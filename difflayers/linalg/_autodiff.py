@@ -10,12 +10,14 @@ import contextlib
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._functorch import pyfunctorch as _functorch_stack
 from torch.func import vjp
 
 from difflayers._checks import compute_dtype
@@ -23,6 +25,10 @@ from difflayers._checks import compute_dtype
 F = TypeVar("F", bound=Callable[..., Any])
 _functorch = torch._C._functorch
 _hooks = torch._C._autograd
+
+# The level of forward mode belongs to the process and not to the thread (still so in torch 2.13), so two threads in
+# torch.func.jvp fail, or worse. Whoever enters it, or asks whether it is on before entering, holds this.
+forward_mode_lock = threading.RLock()
 
 
 def transforms_active() -> bool:
@@ -69,11 +75,35 @@ def pullback(
         return out, lambda g: tuple(torch.zeros_like(p) for p in primals)
 
     def pull(g: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            out, aliases, g, retain_graph=True, create_graph=record, allow_unused=True, materialize_grads=True
-        )
+        return gradients(out, aliases, g, retain_graph=True, create_graph=record)
 
     return (out if record else out.detach()), pull
+
+
+def gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Tensor | Sequence[Tensor],
+    cotangents: Tensor | Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    rows: int | None = None,
+) -> tuple[Tensor, ...]:
+    """``torch.autograd.grad`` with zeros for inputs that take no part, of as many `rows` as the cotangents have.
+
+    In torch 2.6 those of ``materialize_grads=True`` require a gradient whether a graph is wanted or not, and in no
+    version do they have the rows of batched cotangents.
+    """
+    inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+    found = torch.autograd.grad(
+        outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True,
+        is_grads_batched=rows is not None,
+    )  # fmt: skip
+    shape = () if rows is None else (rows,)
+    return tuple(
+        t.new_zeros((*shape, *t.shape), requires_grad=create_graph) if g is None else g
+        for g, t in zip(found, inputs, strict=True)
+    )
 
 
 def push_forward(f: Callable[..., Tensor], primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
@@ -98,9 +128,7 @@ def linearise(f: Callable[..., Tensor], *primals: Tensor) -> tuple[Tensor, Calla
         if not pairs:
             return torch.zeros_like(out)
         outputs, moves = zip(*pairs, strict=True)
-        return torch.autograd.grad(
-            outputs, u, moves, retain_graph=True, create_graph=record, allow_unused=True, materialize_grads=True
-        )[0]
+        return gradients(outputs, u, moves, retain_graph=True, create_graph=record)[0]
 
     return (out if record else out.detach()), push_plain
 
@@ -242,8 +270,20 @@ def plain(name: str, constant: Any) -> Any:
     return constant
 
 
+def outside_transforms() -> contextlib.AbstractContextManager[Any]:
+    """For tensors that have nothing to do with the transforms around, which would wrap all that is made inside them.
+
+    What they wrap has no array, and in torch 2.6 no `tolist` either.
+    """
+    return _functorch_stack.temporarily_clear_interpreter_stack()
+
+
 def physical(t: Tensor) -> Tensor:
-    """`t` without any wrapper of ``torch.func``, vmapped dimensions visible: to look at data in an error path."""
+    """`t` without any wrapper of ``torch.func``, vmapped dimensions visible: to look at data in an error path.
+
+    A transform wraps anew what is computed of it, which `bool`, `int` and `float` can read; for the rest, see
+    :func:`outside_transforms`.
+    """
     if torch.compiler.is_compiling():  # as in `plain`
         return t.detach()
     while _functorch.is_functorch_wrapped_tensor(t):

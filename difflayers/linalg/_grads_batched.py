@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._autodiff import opaque
+
 _is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
 def batched_backward(rule: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """A backward rule ``(ctx, g, *ignored)`` that also takes cotangents batched by ``is_grads_batched=True``."""
 
+    @opaque  # of a step that is compiled with its `backward()`, Dynamo would follow the rules, and fail
     @functools.wraps(rule)
     def backward(ctx: Any, g: Tensor | None, *ignored: Any) -> tuple[Any, ...]:
         if g is None:  # nobody depends on the output (with gradients not materialised)

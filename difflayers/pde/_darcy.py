@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difflayers._checks import broadcast_batch, check_finite, check_same, check_shape, check_tensor
 from difflayers.linalg import CG, LinearSolver, SparseMatrix, linear_solve
-from difflayers.linalg._autodiff import physical, push_forward
+from difflayers.linalg._autodiff import forward_mode_lock, physical, push_forward
 
 from ._declaration import Box
 from ._equations import Params, Terms, _Spatial
@@ -88,9 +88,10 @@ def _slope(a: Callable[[Tensor], Tensor], axis: int) -> Callable[[Tensor], Tenso
     def slope(points: Tensor) -> Tensor:
         along = torch.zeros_like(points)
         along[..., axis] = 1
-        if forward_ad._current_level >= 0:  # torch does not nest forward mode
-            return push_forward(a, (points,), (along,))
-        return torch.func.jvp(a, (points,), (along,))[1]
+        with forward_mode_lock:
+            if forward_ad._current_level >= 0:  # torch does not nest forward mode
+                return push_forward(a, (points,), (along,))
+            return torch.func.jvp(a, (points,), (along,))[1]
 
     return slope
 

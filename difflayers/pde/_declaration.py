@@ -71,7 +71,7 @@ class Box:
         if not bool(inside.all()):
             raise ValueError(
                 f"{name}: expected points in {self}, got {int((~inside).sum())} outside, the first "
-                f"{[round(v, 6) for v in plain[~inside][0].tolist()]}"
+                f"{[round(float(v), 6) for v in plain[~inside][0]]}"
             )
 
 

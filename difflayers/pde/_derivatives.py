@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from difflayers.linalg._autodiff import check_inference_mode, push_forward
+from difflayers.linalg._autodiff import check_inference_mode, forward_mode_lock, push_forward
 
 from ._declaration import PDE
 from ._samplers import Grid, Place
@@ -61,10 +61,11 @@ class Jvp:
         units = torch.eye(flat.shape[-1], dtype=flat.dtype, device=flat.device)
         function = functools.partial(evaluated, basis, pde=pde)
         words = {word for _, word in parsed}
-        if forward_ad._current_level >= 0:  # torch does not nest forward mode: two reverse passes do the same
-            found = {word: _along(function, flat, word, units) for word in words}
-        else:
-            found = _collect(function, flat, words, units)
+        with forward_mode_lock:
+            if forward_ad._current_level >= 0:  # torch does not nest forward mode: two reverse passes do the same
+                found = {word: _along(function, flat, word, units) for word in words}
+            else:
+                found = _collect(function, flat, words, units)
         several = len(pde.fields) > 1
         picked = [found[word].select(-2, field) if several else found[word] for field, word in parsed]
         return torch.stack(picked, -2).unflatten(-3, points.shape[:-1])

@@ -111,9 +111,9 @@ class Divided:
             return self._own(place)
         member = self.tiling.members(place.points)
         if everybody is not None and not place.points.is_meta:
-            empty = (~physical(member).any(-1)).nonzero().flatten().tolist()
-            if empty:
-                raise ValueError(f"{everybody}, got none for expert {empty[0]}")
+            empty = ~physical(member).any(-1)
+            if bool(empty.any()):
+                raise ValueError(f"{everybody}, got none for expert {int(empty.to(torch.int8).argmax())}")
         return _padded(place, member, self.experts)
 
 

@@ -89,7 +89,8 @@ class _Crossing(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, step: str, mesh: Any, x: Tensor) -> tuple[Tensor, int]:
-        return _Crossing.apply(step, mesh, x.movedim(in_dims[2], -1)), -1  # the experts stay in front
+        # the experts stay in front; torch 2.6 does not know -1
+        return _Crossing.apply(step, mesh, x.movedim(in_dims[2], -1)), x.ndim - 1
 
 
 def copied(tree: Any, mesh: Any) -> Any:
@@ -297,7 +298,7 @@ def _check_replicated(named: Mapping[str, Tensor], mesh: Any) -> None:
     each = _Crossing.apply("gather", mesh, torch.stack(prints).unsqueeze(0)).nan_to_num()
     off = (each - each[0]).abs() > 1e-6 * each[0, :, :1].abs()
     if bool(off.any()):
-        rank, index, _ = off.nonzero()[0].tolist()
+        rank, index, _ = (int(i) for i in off.nonzero()[0])
         raise ValueError(
             f"{list(named)[index]}: expected the same numbers in all processes of the mesh, got others in process "
             f"{rank} than in process 0 (the same seed, the same batch?)"

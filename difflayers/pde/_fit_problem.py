@@ -20,7 +20,7 @@ from torch import Tensor
 from difflayers._checks import check_finite
 from difflayers._solution import Info, Status
 from difflayers.implicit import ImplicitProblem, LevenbergMarquardt
-from difflayers.linalg._autodiff import autocast_off, push_forward, vjp_where
+from difflayers.linalg._autodiff import autocast_off, gradients, push_forward, vjp_where
 from difflayers.linalg._direct import direct_info
 from difflayers.linalg._kkt import padded
 from difflayers.linalg._kkt import stationarity as linear_stationarity
@@ -280,7 +280,7 @@ class FitProblem:
             value, h = pairing(leaves[0], leaves[1], *leaves[2:])
             picked = [leaf for leaf, ask in zip(leaves, asked, strict=True) if ask]
             if value.requires_grad:
-                got = iter(torch.autograd.grad(value, picked, allow_unused=True, materialize_grads=True))
+                got = iter(gradients(value, picked))
             else:
                 got = iter([torch.zeros_like(leaf) for leaf in picked])
             T_bar, s_bar, *params_bar = (next(got) if ask else None for ask in asked)

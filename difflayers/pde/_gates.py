@@ -60,38 +60,35 @@ class Tiling:
         """Number of experts."""
         return math.prod(self.shape)
 
-    def cells(self) -> Tensor:
-        """``(E, d)`` position of every box along every coordinate."""
-        return torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in self.shape)).reshape(self.count, -1)
+    def cells(self) -> list[tuple[int, ...]]:
+        """The position of every box along every coordinate; no tensors, which a transform around us would wrap."""
+        return list(itertools.product(*map(range, self.shape)))
 
     def ends(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """``(E, d)`` lower and upper ends of the boxes, with what they share with others."""
-        lows, highs = [], []
-        for axis, cell in enumerate(self.cells().unbind(-1)):
-            cuts = torch.tensor(self.cuts[axis], dtype=torch.float64, device="cpu")
-            reach = torch.tensor(self.reach[axis], dtype=torch.float64, device="cpu")
-            lows.append((cuts - reach)[cell])
-            highs.append((cuts + reach)[cell + 1])
-        return torch.stack(lows, -1).to(like), torch.stack(highs, -1).to(like)
+        low, high = torch.tensor(self._intervals(), dtype=torch.float64, device="cpu").to(like).unbind(-1)
+        return low, high
+
+    def _intervals(self) -> list[list[tuple[float, float]]]:
+        cuts, reach = self.cuts, self.reach
+        return [
+            [(cuts[axis][i] - reach[axis][i], cuts[axis][i + 1] + reach[axis][i + 1]) for axis, i in enumerate(cell)]
+            for cell in self.cells()
+        ]
 
     def boxes(self) -> tuple[Box, ...]:
         """The boxes of the experts."""
-        low, high = self.ends(torch.empty(0, dtype=torch.float64, device="cpu"))
-        names = self.domain.names
-        return tuple(
-            Box(**dict(zip(names, zip(a, b, strict=True), strict=True)))
-            for a, b in zip(low.tolist(), high.tolist(), strict=True)
-        )
+        return tuple(Box(**dict(zip(self.domain.names, box, strict=True))) for box in self._intervals())
 
     def touches(self, axis: int, upper: bool) -> list[bool]:
         """Which experts reach a side of the domain."""
         end = self.shape[axis] - 1 if upper else 0
-        return [int(cell) == end for cell in self.cells()[:, axis]]
+        return [cell[axis] == end for cell in self.cells()]
 
     def width(self, seam: Seam, axis: int) -> float:
         """Mean width, across a seam, of the two boxes beside it, without what they share."""
-        cell = self.cells()[[seam.lower, seam.upper], axis].tolist()
-        return sum(self.cuts[axis][i + 1] - self.cuts[axis][i] for i in cell) / 2
+        cells, cuts = self.cells(), self.cuts[axis]
+        return sum(cuts[i + 1] - cuts[i] for i in (cells[seam.lower][axis], cells[seam.upper][axis])) / 2
 
     def members(self, points: Tensor) -> Tensor:
         """``(E, M)`` booleans: the box has the point. Of boxes side by side the upper one has those between them."""
@@ -129,16 +126,14 @@ class Tiling:
 
     def seams(self, circles: tuple[bool, ...]) -> tuple[Seam, ...]:
         """All pairs of neighbours, also across the ends of coordinates that are circles."""
-        out, number = [], torch.arange(self.count, device="cpu").reshape(self.shape)
+        out, number = [], {cell: expert for expert, cell in enumerate(self.cells())}
         for axis, n in enumerate(self.shape):
             last = n if circles[axis] and n > 1 else n - 1
             for i in range(last):
-                pairs = zip(
-                    number.select(axis, i).flatten().tolist(),
-                    number.select(axis, (i + 1) % n).flatten().tolist(),
-                    strict=True,
-                )
-                out += [Seam(a, b, self.domain.names[axis], self.cuts[axis][i + 1]) for a, b in pairs]
+                for cell, lower in number.items():
+                    if cell[axis] == i:
+                        upper = number[*cell[:axis], (i + 1) % n, *cell[axis + 1 :]]
+                        out.append(Seam(lower, upper, self.domain.names[axis], self.cuts[axis][i + 1]))
         return tuple(out)
 
 

@@ -14,7 +14,7 @@ import optree
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_shape
+from difflayers._checks import check_shape, dimensions
 from difflayers.linalg._autodiff import plain_forward, pullback
 from difflayers.linalg._captured import refuse_coupling
 
@@ -100,7 +100,7 @@ def stacked(named: Any, name: str, event_ndim: int) -> tuple[Any, tuple[str, ...
     for key, value in named.items():
         if not isinstance(value, Tensor) or value.ndim < event_ndim:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name}[{key!r}]: expected a tensor of at least {event_ndim} dimensions, got {got}")
+            raise ValueError(f"{name}[{key!r}]: expected a tensor of at least {dimensions(event_ndim)}, got {got}")
     if not named:
         raise ValueError(f"{name}: expected at least one term, got none")
     shapes = {key: tuple(value.shape) for key, value in named.items()}
@@ -144,7 +144,7 @@ def flat_params(
                     f"{tuple(leaf.shape)}"
                 )
         elif leaf.ndim < k:
-            raise ValueError(f"{name}: expected at least {k} dimensions (param_ndims), got shape {tuple(leaf.shape)}")
+            raise ValueError(f"{name}: expected at least {dimensions(k)} (param_ndims), got shape {tuple(leaf.shape)}")
         tensors.append(leaf)
         kept.append(name)
         events.append(1 if k is None else k)

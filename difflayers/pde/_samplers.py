@@ -243,7 +243,7 @@ def _nodes(name: str, size: Any, ends: tuple[float, float], circle: bool, spacin
     if isinstance(size, Tensor):
         nodes = check_tensor(name, size, min_ndim=1).detach().to("cpu", torch.float64)
         slack = 1e-6 * (high - low)
-        ends_at = nodes.flatten()[[0, -1]].tolist() if nodes.numel() else [math.inf, math.inf]
+        ends_at = [float(v) for v in nodes.flatten()[[0, -1]]] if nodes.numel() else [math.inf, math.inf]
         fits = abs(ends_at[0] - low) <= slack and (circle or abs(ends_at[1] - high) <= slack)
         if (
             nodes.ndim != 1

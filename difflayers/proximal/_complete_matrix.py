@@ -165,7 +165,8 @@ def _prepare(
         raise ValueError(f"rank: expected between 1 and {min(m, n)} for {m} x {n} entries, got {rank}")
     work = compute_dtype(M.dtype)
     mu = lifted_under_autocast(not_negative("ridge", ridge, M))
-    check_same([("observed", M), ("ridge", mu)])
+    if isinstance(ridge, Tensor):
+        check_same([("observed", M), ("ridge", mu)])
     problem = ImplicitProblem(
         solve=partial(_alternate, solver or AlternatingMinimisation(), rank),
         residual=stationarity,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_finite, check_same, check_tensor, compute_dtype, default_rtol
+from difflayers._checks import check_finite, check_same, check_tensor, compute_dtype, default_rtol, fits
 from difflayers._solution import Info, OnFailure, Solution, Status, check_policy, settle
 from difflayers.linalg import CG, LinearOperator, Tag, linear_solve, linear_solve_ex
 from difflayers.linalg._autodiff import (
@@ -180,8 +180,11 @@ class _Problem:
             kind = b.dtype if isinstance(b, Tensor) else type(b).__name__
             raise ValueError(f"measurement: expected a floating-point or complex tensor, got {kind}")
         batch = x.shape[: x.ndim - event_ndim]
+        same = [("x", x), *([("measurement", b)] if b.is_floating_point() else [])]
+        if isinstance(weight, Tensor):
+            same.append(("weight", lifted_under_autocast(weight)))
         weight = lifted_under_autocast(not_negative("weight", weight, x))
-        check_same([("x", x), ("weight", weight), *([("measurement", b)] if b.is_floating_point() else [])])
+        check_same(same)
         if not fits(weight.shape, batch):
             raise ValueError(
                 f"weight: expected a number or a shape that broadcasts to the batch {tuple(batch)} of x, "
@@ -295,11 +298,6 @@ class _Problem:
     def unflatten(self, z: Tensor) -> Tensor:
         """Vectors as events, in the dtype that came."""
         return z.reshape(self.shape).to(self.dtype)
-
-
-def fits(shape: torch.Size, target: torch.Size) -> bool:
-    """Whether a tensor of `shape` broadcasts to `target` without widening it."""
-    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False))
 
 
 def _norm(t: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.func import jvp, vjp, vmap
 from difflayers._checks import check_tensor, compute_dtype
 from difflayers._solution import Info, OnFailure, Status
 from difflayers.implicit import ImplicitProblem, solution_map
-from difflayers.linalg._autodiff import check_inference_mode, opaque
+from difflayers.linalg._autodiff import check_inference_mode, forward_mode_lock, opaque
 
 Function = Callable[[Tensor], Tensor]
 
@@ -90,7 +90,8 @@ def jacobian(function: Function, x: Tensor, event_ndim: int) -> Tensor:
         J = vmap(lambda e: pull(e.expand_as(y))[0])(units)  # (m, *batch, event...)
     else:
         units = torch.eye(n, dtype=x.dtype, device=x.device).reshape((n, *x.shape[batch:]))
-        J = vmap(lambda e: jvp(function, (x,), (e.expand_as(x),))[1])(units)  # (n, *batch, ...)
+        with forward_mode_lock:
+            J = vmap(lambda e: jvp(function, (x,), (e.expand_as(x),))[1])(units)  # (n, *batch, ...)
     J = J.reshape((len(units), *x.shape[:batch], n if m <= n else m))
     return J.movedim(0, -2) if m <= n else J.movedim(0, -1)
 

@@ -243,7 +243,8 @@ def _prepare(
             check_shape(name, check_tensor(name, value, min_ndim=1).shape[-1:], (p,), " in its last dimension")
             tensors[name] = value if name == "center" else not_negative(name, value, y)
     tensors = {name: lifted_under_autocast(t) for name, t in tensors.items()}
-    check_same(tensors.items())
+    numbers = {name for name, value in (("penalty", penalty), ("ridge", ridge)) if not isinstance(value, Tensor)}
+    check_same((name, t) for name, t in tensors.items() if name not in numbers)
     tensors = {name: t.to(compute_dtype(t.dtype)) for name, t in tensors.items()}
     y, lam = tensors["signal"], tensors["penalty"].unsqueeze(-1)
     broadcast_batch([("penalty", tuple(lam.shape[:-1])), ("weights", tuple(tensors.get("weights", lam).shape[:-1]))])
@@ -264,10 +265,13 @@ def _prepare(
 
 
 def not_negative(name: str, value: Any, like: Tensor) -> Tensor:
-    """A number of at least 0 as a tensor; NaN in a tensor is left to the solve, which fails that element alone."""
+    """A tensor with no negative entry, as it came, or such a number as a tensor of the dtype that `like` is solved in.
+
+    NaN in a tensor is left to the solve, which fails that element alone.
+    """
     if not isinstance(value, Tensor):
         check_range(per_element(name, value, at_least=0))
-        return torch.full((), float(value), dtype=like.dtype, device=like.device)
+        return torch.full((), float(value), dtype=compute_dtype(like.dtype), device=like.device)
     plain = physical(check_tensor(name, value))
     if not plain.is_meta and bool((plain < 0).any()):
         raise ValueError(f"{name}: expected at least 0, got {float(plain.amin()):g}")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from difflayers._checks import check_tensor, compute_dtype
+from difflayers._checks import check_tensor, compute_dtype, fits
 from difflayers.linalg._autodiff import autocast_off, autocasting, physical
 
 Number = float | Tensor
@@ -118,20 +118,20 @@ def _prepare(operand: Operand, x: Tensor, lifted: Tensor, dim: int, ndim: int) -
     value = value.to(lifted.dtype)
     batch = lifted.shape[: lifted.ndim - ndim]
     if own_ndim == 0:
-        if not _fits(value.shape, batch):
+        if not fits(value.shape, batch):
             raise ValueError(
                 f"{name}: expected a number or a shape that broadcasts to the batch {tuple(batch)} of x, "
                 f"got {tuple(value.shape)}"
             )
         return value[(...,) + (None,) * ndim]
     if event is not None:
-        if tuple(value.shape[-own_ndim:]) != event or not _fits(value.shape[:-own_ndim], batch):
+        if tuple(value.shape[-own_ndim:]) != event or not fits(value.shape[:-own_ndim], batch):
             raise ValueError(
                 f"{name}: expected shape {event}, or the same behind dimensions that broadcast to the batch "
                 f"{tuple(batch)} of x, got {tuple(value.shape)}"
             )
         return value
-    if not _fits(value.shape, x.shape):
+    if not fits(value.shape, x.shape):
         raise ValueError(
             f"{name}: expected a number or a shape that broadcasts to {tuple(x.shape)} as of x, "
             f"got {tuple(value.shape)}"
@@ -141,17 +141,13 @@ def _prepare(operand: Operand, x: Tensor, lifted: Tensor, dim: int, ndim: int) -
     return value.unsqueeze(-1) if dim != -1 and value.ndim else value
 
 
-def _fits(shape: torch.Size, target: torch.Size) -> bool:
-    """Whether a tensor of `shape` broadcasts to `target` without widening it."""
-    return len(shape) <= len(target) and all(a in (1, b) for a, b in zip(shape[::-1], target[::-1], strict=False))
-
-
 def check_range(operand: Operand) -> None:
     """Refuses numbers outside the range, NaN too. Of a tensor this reads one flag (never in a compiled graph)."""
     name, value, at_least, above = operand.name, operand.value, operand.at_least, operand.above
     if value is None:
         return
-    if not isinstance(value, Tensor) and (isinstance(value, bool) or not isinstance(value, int | float)):
+    # a tuple of types: Dynamo of torch 2.6 breaks the graph at a union
+    if not isinstance(value, Tensor) and (isinstance(value, bool) or not isinstance(value, (int, float))):
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     if at_least == above == -math.inf:
         return

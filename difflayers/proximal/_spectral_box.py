@@ -63,7 +63,7 @@ def _check_bounds(lower: Any, upper: Any) -> None:
     bounds: list[Any] = []
     for name, bound in (("lower", lower), ("upper", upper)):
         if not isinstance(bound, Tensor):
-            if isinstance(bound, bool) or not isinstance(bound, int | float):
+            if isinstance(bound, bool) or not isinstance(bound, (int, float)):  # no union: see check_range
                 raise ValueError(f"{name}: expected a number or a tensor, got {type(bound).__name__}")
             bounds.append(bound)
             continue

@@ -288,7 +288,8 @@ def prune(X: Tensor, M: Tensor, counts: Tensor, u: Tensor) -> Tensor:
         c = torch.where((c * lengths(p)).sum(-1, keepdim=True) < 0, -c, c)
         j = c.argmax(-1, keepdim=True)
         factor = 1 - c / c.gather(-1, j)
-        factor = factor.scatter(-1, j, 0).clamp_min(0)
+        # of neurons that reach zero together, as in symmetric data, only j is there exactly
+        factor = torch.where(factor <= torch.finfo(u.dtype).eps ** 0.7, 0, factor).scatter(-1, j, 0)
         p = torch.where(dependent[:, None, None], p * factor.unsqueeze(-1), p)
         u = u.scatter(-2, index.unsqueeze(-1).expand_as(p), p)
     return u

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import check_finite, check_tensor
-from difflayers.linalg._autodiff import physical
+from difflayers.linalg._autodiff import outside_transforms, physical
 
 Floats = np.ndarray
 _CHUNK = 1024  # vectors drawn at a time
@@ -71,8 +71,10 @@ def enumerate_gates(X: Tensor, *, max_patterns: int = 100_000) -> Gates:
     Source: M. Pilanci, T. Ergen, Neural Networks are Convex Regularizers, 2020, section 2. T. Cover, 1965, for the
     number of patterns.
     """
-    X = physical(_check_data(X))
-    rows, tol = X.to("cpu", torch.float64).numpy(), torch.finfo(X.dtype).eps ** 0.75
+    X = _check_data(X)
+    with outside_transforms():  # inside, no tensor has an array
+        rows = X.to("cpu", torch.float64).numpy()
+    tol = torch.finfo(X.dtype).eps ** 0.75
     lengths = np.linalg.norm(rows, axis=1)
     there = lengths > 0
     units = _distinct(rows[there] / lengths[there, None], tol)
@@ -126,7 +128,7 @@ def sample_gates(
 
     Source: M. Pilanci, T. Ergen, Neural Networks are Convex Regularizers, 2020, section 4 (sampled arrangements).
     """
-    X = physical(_check_data(X))
+    X = _check_data(X)
     if count < 1 or max_draws < 0:
         name, value, least = ("count", count, 1) if count < 1 else ("max_draws", max_draws, 0)
         raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -159,10 +161,14 @@ def cover_count(rows: int, rank: int) -> int:
 
 
 def _check_data(X: Tensor) -> Tensor:
+    """The data without the wrappers of torch.func."""
     if check_tensor("X", X).ndim != 2 or not X.numel():
         raise ValueError(f"X: expected shape (n, d) with at least one row and one column, got {tuple(X.shape)}")
-    check_finite([("X", physical(X))])
-    return X
+    plain = physical(X)
+    if plain.ndim != 2:
+        raise ValueError(f"X: expected data that vmap does not batch, got shape {tuple(plain.shape)} behind it")
+    check_finite([("X", plain)])
+    return plain
 
 
 def _as_gates(vectors: Floats, patterns: np.ndarray, like: Tensor) -> Gates:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import broadcast_batch, check_same, check_shape, check_tensor
-from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast, physical
+from difflayers.linalg._autodiff import autocast_off, lifted_under_autocast, outside_transforms, physical
 from difflayers.proximal._operands import check_range, per_element
 
 from ._gates import Gates
@@ -194,11 +194,11 @@ def narrow_gates(X: Tensor, gates: Gates | Tensor, robustness: Robustness) -> Te
     )
     columns = robustness.perturbed(X.shape[-1])
     X, G, epsilon = (physical(t) for t in given.values())
-    M, B = X @ G.mT >= 0, batch.numel()
-    X, M = (t.expand(*batch, *t.shape[-2:]).reshape(B, *t.shape[-2:]) for t in (X, M))
-    found = [
-        _is_narrow(*one, columns, robustness.dual) for one in zip(X, M, epsilon.expand(batch).reshape(B), strict=True)
-    ]
+    with outside_transforms():  # inside, no tensor has an array
+        M, B = X @ G.mT >= 0, batch.numel()
+        X, M = (t.expand(*batch, *t.shape[-2:]).reshape(B, *t.shape[-2:]) for t in (X, M))
+        radii = epsilon.expand(batch).reshape(B)
+        found = [_is_narrow(*one, columns, robustness.dual) for one in zip(X, M, radii, strict=True)]
     return torch.stack(found or [M.new_zeros(0)]).reshape(*batch, G.shape[-2])
 
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
+from difflayers.linalg._autodiff import forward_mode_lock
+
 from ._block_hessian import Blocks
 from ._losses import Loss
 from ._one_network import OneNetwork, nearest_in_cell
@@ -112,7 +114,8 @@ def sensitivity(
             pulls = G[some].unflatten(-1, (len(on), d))
             by_slope[on[:, None], :, some] = blocks.solve(factors, blocks.free(pulls), refinements=2).movedim(0, 1)
     fit_by_beta, fit_by_slope = G @ by_beta[on].flatten(), G @ by_slope[on].flatten(0, 1)
-    _, mixed = jvp(lambda y: network.loss.slope(f, y), (network.y,), (torch.ones_like(f),))
+    with forward_mode_lock:
+        _, mixed = jvp(lambda y: network.loss.slope(f, y), (network.y,), (torch.ones_like(f),))
     weight, like, half = -network.s * mixed, solution.v.detach(), len(solution.v)
     hat = (fit_by_slope * network.s * network.loss.curvature(f, network.y)).to(like)
     by_beta, by_label = by_beta.to(like), (by_slope * weight).to(like)

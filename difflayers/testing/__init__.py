@@ -20,6 +20,7 @@ from . import _shapes as _shapes
 from . import _hostile as _hostile
 from . import _modules as _modules
 from ._gradient import GradientReport, check_gradient
+from ._memory import saved_bytes
 # isort: on
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "check_gradient",
     "check_layer",
     "run_clause",
+    "saved_bytes",
 ]

@@ -127,6 +127,18 @@ def unequal(a: Tensor, b: Tensor, close: float) -> Tensor:
     return (a - b).abs() > close * torch.maximum(a, b)
 
 
+def refused(wrong: dict[str, Tensor], totals: tuple[Tensor, Tensor]) -> ValueError | None:
+    """The error of the first thing that is wrong with an element, which is one flag an element for each expectation."""
+    for expected, bad in wrong.items():
+        if bool(bad.any()):
+            i = int(bad.to(torch.int8).argmax())
+            got = "others"
+            if "equal totals" in expected:
+                got = " and ".join(f"{t.expand_as(bad).flatten()[i].item():.6g}" for t in totals)
+            return ValueError(f"{expected}, got {got} in element {i} of the batch")
+    return None
+
+
 def balanced(args: tuple[Tensor, ...], close: float) -> tuple[tuple[Tensor, ...], Tensor]:
     """Masses scaled to the geometric mean of both totals where both are constraints; see :func:`sinkhorn`.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from difflayers._checks import check_same, check_tensor
+from difflayers.linalg._autodiff import opaque
 from difflayers.linalg._captured import gradients_wanted, refuse_held, refuse_probed
 
 from ._costs import Cost, SquaredEuclidean, check_points
@@ -60,9 +61,7 @@ class PointCloud:
         if self.rows is not None and not self.rows >= 1:
             raise ValueError(f"rows: expected None or a number of at least 1, got {self.rows}")
         if gradients_wanted():
-            refuse_held(self.cost, "cost")
-            if self.x.numel() and self.y.numel():
-                refuse_probed(self.cost, (self.x[..., :1, :], self.y[..., :1, :]), "cost")
+            _refuse_capturing(self.cost, self.x, self.y)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -90,6 +89,7 @@ class PointCoupling:
     _apply: Callable[[Tensor, bool], Tensor] = field(repr=False)
     _plan: Callable[[], Tensor] = field(repr=False)
 
+    @opaque
     def apply(self, v: Tensor, *, transpose: bool = False) -> Tensor:
         """The plan times vectors.
 
@@ -130,8 +130,20 @@ class PointCoupling:
         Raises:
             ValueError: Above 2^24 entries, the batch included.
         """
+        return self._matrix()
+
+    @opaque
+    def _matrix(self) -> Tensor:
         check_small(self.shape)
         return self._plan()
+
+
+@opaque
+def _refuse_capturing(cost: Cost, x: Tensor, y: Tensor) -> None:
+    """Refuses a cost that captures what is differentiated."""
+    refuse_held(cost, "cost")
+    if x.numel() and y.numel():
+        refuse_probed(cost, (x[..., :1, :], y[..., :1, :]), "cost")
 
 
 def check_small(shape: torch.Size) -> None:

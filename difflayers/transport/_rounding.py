@@ -17,7 +17,7 @@ from difflayers._checks import broadcast_batch, check_same, check_shape, check_t
 from difflayers.linalg._autodiff import autocast_off
 from difflayers.proximal._identify import identify
 
-from ._coupling import _TOTALS, unequal
+from ._coupling import _TOTALS, refused, unequal
 
 
 def round_to_polytope(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -85,10 +85,8 @@ def _look(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         "b: expected masses of at least 0": (b < 0).any(-1),
         "a, b: expected equal totals": unequal(*totals, _TOTALS.get(a.dtype, 1e-4)),
     }
-    if bool(torch.stack([bad.any() for bad in wrong.values()]).any()):
-        for what, bad in wrong.items():
-            if bool(bad.any()):
-                raise ValueError(f"{what}, got others in element {int(bad.to(torch.int8).argmax())} of the batch")
+    if bool(torch.stack([bad.any() for bad in wrong.values()]).any()) and (error := refused(wrong, totals)):
+        raise error
     return (totals[0] + totals[1],)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from chapters._plots import BLUE, ORANGE, axes, save
+from difflayers.testing import saved_bytes
 from difflayers.transport import KernelSinkhorn, sinkhorn, sinkhorn_ex
 
 Plan = Callable[[Tensor], Tensor]
@@ -80,17 +81,7 @@ def compare(loss: Callable[[Tensor], Tensor], cost: Tensor, eps: float, tiny: bo
 
 def kept_bytes(plan: Plan, cost: Tensor) -> int:
     """Bytes of the distinct tensors that autograd keeps between forward and backward."""
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = plan(cost.clone().requires_grad_())  # keeps every storage alive: no address is counted for two
-    del out
-    return sum(kept.values())
+    return saved_bytes(lambda: plan(cost.clone().requires_grad_()))[1]
 
 
 def draw(found: Gradients, folder: Path) -> tuple[Path, Path]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from chapters._plots import BLUE, ORANGE, axes, save
 from difflayers.relu import ConvexReLUSolution, Gates, convex_gated_relu
+from difflayers.testing import saved_bytes
 
 # ---------------------------------------------------------------------------------------------------------------- Adam
 
@@ -102,16 +103,10 @@ def compare(
     truth = (plus - minus) / 2e-5
 
     def measured(train: Callable[[Tensor], Tensor]) -> tuple[float, int]:
-        z, kept = at.clone().requires_grad_(), {}
-
-        def pack(t: Tensor) -> Tensor:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            neurons = train(z)
+        z = at.clone().requires_grad_()
+        neurons, kept = saved_bytes(lambda: train(z))
         (gradient,) = torch.autograd.grad(loss(neurons), z)
-        return ((directions @ gradient - truth).norm() / truth.norm()).item(), sum(kept.values())
+        return ((directions @ gradient - truth).norm() / truth.norm()).item(), kept
 
     counts = [3, 10] if tiny else [10, 30, 100, 300, 1000]
     rows = [measured(lambda z, n=n: unrolled(X, y, *data(z), gates, n)) for n in counts]

@@ -14,6 +14,7 @@ from chapters import Block, Code, Figure, Heading, Settings, Table, Text, chapte
 from chapters._plots import BLUE, GREY, ORANGE, axes, save
 from difflayers.bilevel import ArgminLayer, Bilevel
 from difflayers.implicit import LBFGS
+from difflayers.testing import saved_bytes
 
 Weights = dict[str, Tensor]
 DECAY = -4.0  # logarithm of the weight decay to begin with
@@ -175,17 +176,11 @@ def compare(x: Weights, data: Data, counts: tuple[int, ...]) -> Gradients:
     truth = torch.tensor([slope(d) for d in directions], dtype=torch.float64)
 
     def measured(train) -> tuple[float, int]:
-        images, kept = x["images"].clone().requires_grad_(), {}
-
-        def pack(t: Tensor) -> Tensor:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = real_loss(train(x | {"images": images}), data)
+        images = x["images"].clone().requires_grad_()
+        loss, kept = saved_bytes(lambda: real_loss(train(x | {"images": images}), data))
         (g,) = torch.autograd.grad(loss, images)
         found = (directions * g).flatten(1).sum(1)
-        return ((found - truth).norm() / truth.norm()).item(), sum(kept.values())
+        return ((found - truth).norm() / truth.norm()).item(), kept
 
     rows = [measured(lambda x, n=n: unrolled(x, n)) for n in counts] + [measured(TRAIN)]
     return Gradients([row[0] for row in rows], [row[1] for row in rows])

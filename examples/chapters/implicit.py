@@ -17,6 +17,7 @@ import difflayers
 from chapters import Block, Code, Figure, Heading, Settings, Table, Text, chapter
 from chapters._plots import BLUE, GREY, ORANGE, axes, save
 from difflayers.implicit import Anderson, FixedPoint, Implicit, Picard, Unrolled
+from difflayers.testing import saved_bytes
 
 HIDDEN = 48
 BOUND = 0.95  # of the cell's weight, so that the update contracts
@@ -131,20 +132,10 @@ def forced(adjoint: str, steps: int, seed: int = 0) -> tuple[FixedPoint, Tensor]
     return layer, torch.randn(128, 64)
 
 
-def saved_bytes(adjoint: str, steps: int) -> int:
+def kept_bytes(adjoint: str, steps: int) -> int:
     """Bytes of the distinct tensors that autograd keeps between forward and backward."""
     layer, x = forced(adjoint, steps)
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = layer(x)  # keeps every storage alive, so that no address is counted for two
-    del out
-    return sum(kept.values())
+    return saved_bytes(lambda: layer(x))[1]
 
 
 MEASURE = """
@@ -287,7 +278,7 @@ def run(settings: Settings) -> list[Block]:
     for name in ("implicit", "unrolled"):
         for count in (few, many):
             peak = None if settings.tiny or not sys.platform.startswith("linux") else peak_bytes(name, count)
-            rows.append({"adjoint": name, "steps": count, "saved": saved_bytes(name, count), "peak": peak})
+            rows.append({"adjoint": name, "steps": count, "saved": kept_bytes(name, count), "peak": peak})
     gap = gradient_gap(200)
 
     training = draw_training(runs, settings.out)

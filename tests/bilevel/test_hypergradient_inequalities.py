@@ -171,3 +171,20 @@ def test_projection_of_the_lower_variables(adjoint):
         hypergradient(Bilevel(*both, constraint=lambda x, y: -y, project_lower=lambda y, x: y), x, at)
     with pytest.raises(ValueError, match="project_joint: expected None without a constraint"):
         hypergradient(Bilevel(*both, project_joint=lambda x, y: (x, y)), x, at)
+
+
+@pytest.mark.parametrize("equality", [False, True])
+@pytest.mark.parametrize("size", [4, 6])
+def test_a_constraint_may_leave_a_part_of_y_alone(equality, size):
+    """Projections of x and of 2 x apart, so the hypergradient of ``sum u^3 + sum v^2`` is known by hand."""
+    x = torch.linspace(0.5, 1.5, size, dtype=torch.float64)
+    problem = Bilevel(
+        upper=lambda x, y, batch: y[0].pow(3).sum() + y[1].square().sum(),
+        lower=lambda x, y, batch: ((y[0] - x).square().sum() + (y[1] - 2 * x).square().sum()) / 2,
+        constraint=lambda x, y: y[0][:4] - 1,
+        equality=equality,
+    )
+    free = torch.ones(size, dtype=torch.bool)
+    free[:4] = (x[:4] < 1) & (not equality)
+    found = hypergradient(problem, x, (torch.where(free, x, 1), 2 * x))
+    torch.testing.assert_close(found.grad, 8 * x + torch.where(free, 3 * x.square(), 0), rtol=1e-12, atol=0)

@@ -339,7 +339,7 @@ def test_values_that_are_refused():
     A, c, r = VALUES
     refused("parameters: expected 3 tensors, got 2", lambda: layer(A, c))
     refused(r"A: expected shape \(2, 3\) behind the batch, got \(3, 2\)", lambda: layer(A.mT, c, r))
-    refused("c: expected at least 1 dimensions", lambda: layer(A, r, r))
+    refused("c: expected at least 1 dimension", lambda: layer(A, r, r))
     refused("c: expected dtype", lambda: layer(A, c.float(), r))
     refused("c: expected batch dimensions that broadcast", lambda: layer(A.expand(2, 2, 3), c.expand(3, 3), r))
     refused("r: expected at least 0, got -1.3", lambda: layer(A, c, -r))

@@ -330,7 +330,7 @@ def test_spectra_compare_pickle_and_say_what_they_are():
         (lambda: esrm(float("nan")), "R: expected at least 0"),
         (lambda: superquantile(0.5).weights(0), "n: expected at least 1"),
         (lambda: spectral_risk(torch.ones(3, 0), esrm(1.0)), "losses: expected at least one loss"),
-        (lambda: spectral_risk(torch.ones(()), esrm(1.0)), "losses: expected at least 1 dimensions"),
+        (lambda: spectral_risk(torch.ones(()), esrm(1.0)), "losses: expected at least 1 dimension"),
         (lambda: spectral_risk(torch.ones(3), 0.5), "spectrum: expected a Spectrum, .* got float"),
         (lambda: spectral_risk(torch.ones(3), torch.ones(2) / 2), "spectrum: expected 3 weights"),
         (lambda: spectral_risk(torch.ones(3), torch.ones(3)), "spectrum: expected weights that sum to 1, got .* 3"),

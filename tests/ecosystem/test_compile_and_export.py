@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from difflayers.conic import Exponential, NonNegative, Product
 from difflayers.implicit import Anderson, FixedPoint, Picard, Unrolled
-from difflayers.transport import doubly_stochastic
+from difflayers.transport import PointCloud, doubly_stochastic, sinkhorn_ex
 from tests.ecosystem.models import F64, NAMES, Cell, built, loss_of, numbers, same
 
 # Dynamo looks at `.grad` of every tensor at a graph break, and torch warns of its own look
@@ -58,6 +59,47 @@ def test_caches_of_problems_are_no_business_of_dynamo():
     cost = torch.rand(3, 3, dtype=F64)
     compiled = torch.compile(lambda cost: doubly_stochastic(cost.sin(), 0.5).cos(), backend="eager")
     torch.testing.assert_close(compiled(cost), doubly_stochastic(cost.sin(), 0.5).cos(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_clouds_of_points_are_no_business_of_dynamo(stored: bool):
+    x, y, v = (torch.rand(n, 2, dtype=F64, requires_grad=n == 4) for n in (4, 3, 3))
+
+    def barycentres(x: Tensor) -> Tensor:
+        coupling = sinkhorn_ex(PointCloud(x.sin(), y), eps=0.5).value
+        moved = coupling.plan @ v if stored else coupling.apply(v)
+        return (4 * moved - x).cos()
+
+    counter = CompileCounterWithBackend("aot_eager")
+    got, want = torch.compile(barycentres, backend=counter)(x), barycentres(x)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+    slopes = (torch.autograd.grad(value.square().sum(), x)[0] for value in (got, want))
+    torch.testing.assert_close(*slopes, rtol=0, atol=1e-12)
+    # the sine, and what is behind; Dynamo cannot go on after a property that breaks the graph
+    assert counter.frame_count == (1 if stored else 2)
+
+
+@pytest.mark.parametrize("name", ["QuadraticProgram", "FixedPoint", "ConvergentGraphSolver"])
+def test_a_whole_step_of_training_compiles(name: str):
+    """Its ``backward()`` runs inside of what is compiled; Dynamo stays out of the rules of layers."""
+    (model, x), slopes = (Between(name).to(F64), built(name)[1]), []
+
+    def step(x: Tensor) -> None:
+        loss_of(model(x)).backward()
+
+    for run in (step, torch.compile(step, backend="aot_eager")):
+        model.zero_grad()
+        run(x)
+        slopes.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
+    assert slopes[0]
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=0, atol=1e-12)
+
+
+def test_cones_that_break_the_graph_stand_in_products():
+    cone = Product([(NonNegative(), 2), (Exponential(), 3), (Exponential(), 3)])
+    x = torch.randn(2, 8, dtype=F64)
+    project = torch.compile(lambda x: cone.project(x.sin()), backend="eager")
+    torch.testing.assert_close(project(x), cone.project(x.sin()), rtol=0, atol=1e-12)
 
 
 def test_a_graph_without_a_break_is_refused():

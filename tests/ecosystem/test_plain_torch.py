@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 import difflayers
 from difflayers.implicit import FixedPoint, WarmStart
 from difflayers.linalg import _autodiff
-from difflayers.linalg._autodiff import _derives_in_inference_mode
+from difflayers.proximal import jacobian_nuclear_norm
 from difflayers.testing import check_gradient
 from difflayers.testing.cases import conic
 from tests.ecosystem.models import F64, MAKERS, NAMES, Cell, built, loss_of, numbers, plain, same
+from tests.modes import inference, needs_inference
 
 every = pytest.mark.parametrize("name", NAMES)
 
@@ -96,11 +98,8 @@ def test_autocast_leaves_the_solve_in_single_precision():
 
 # --------------------------------------------------------------------------------------------------------- inference
 
-# torch 2.6 takes derivatives to be zero inside inference mode: layers that need some refuse it there
-inference = pytest.mark.skipif(not _derives_in_inference_mode(), reason="this torch has no derivatives in it")
 
-
-@inference
+@needs_inference
 @every
 def test_inference_mode(name: str):
     """A fresh model, so that its first look at everything is inside; on a tensor made inside, and one made outside."""
@@ -111,7 +110,7 @@ def test_inference_mode(name: str):
     same(numbers(model, dict(model.named_parameters()), x), want)  # and nothing of it stays behind
 
 
-@inference
+@needs_inference
 def test_a_cone_program_in_inference_mode():
     """Its derivative is prepared in the forward pass."""
     case = next(case for case in conic.CASES if case.name == "conic_program SecondOrder")
@@ -131,7 +130,7 @@ class Normed(Cell):
         return super().forward(0.5 * self.norm(z), x)
 
 
-@inference
+@needs_inference
 def test_buffers_in_inference_mode():
     layer, x = FixedPoint(Normed()).double().eval(), built("FixedPoint")[1]
     with torch.inference_mode():
@@ -238,7 +237,7 @@ def test_threads_find_what_one_thread_finds(name: str):
     batches, parameters = [x + 0.1 * k for k in range(4)], dict(model.named_parameters())
 
     def infer(x: Tensor) -> Tensor:
-        with torch.inference_mode() if _derives_in_inference_mode() else torch.no_grad():
+        with inference():
             return model(x).clone()
 
     def work(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -250,3 +249,23 @@ def test_threads_find_what_one_thread_finds(name: str):
     for (value, got), (expected, want) in zip(parallel, serial, strict=True):
         assert torch.equal(value, expected)
         same(got, want)
+
+
+def tall(x: Tensor) -> Tensor:
+    """A function with more outputs than inputs, whose Jacobian is made column by column."""
+    return torch.cat([x.sin(), x.cos() * x], -1)
+
+
+@pytest.mark.parametrize("name", ["PDEConstraint", "jacobian_nuclear_norm"])
+def test_threads_in_forward_mode_keep_apart(name: str):
+    """torch.func.jvp of two threads fails or is wrong: torch counts its level for all of them together."""
+    model, x = built("PDEConstraint")
+    call = (lambda: model(x)) if name == "PDEConstraint" else (lambda: jacobian_nuclear_norm(tall, x, event_ndim=1))
+    interval, want = sys.getswitchinterval(), call()
+    try:
+        sys.setswitchinterval(1e-5)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: call(), range(300)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(value, want) for value in found)

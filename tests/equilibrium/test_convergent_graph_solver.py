@@ -274,16 +274,15 @@ def test_other_default_device_and_dtype():
     model, graph = model_and_graph(learn_kappa=True)
     before = torch.get_default_dtype()
     try:
-        torch.set_default_device("meta")
         torch.set_default_dtype(torch.bfloat16)
-        for options in ({"solver": DENSE}, {"solver": EDGES}, {"activation": torch.tanh, "solver": None}):
-            for name, value in options.items():
-                setattr(model, name, value)
-            y = model(*graph)
-            y.sum().backward()
-            assert y.dtype == F64 and y.device.type == "cpu"
+        with torch.device("meta"):
+            for options in ({"solver": DENSE}, {"solver": EDGES}, {"activation": torch.tanh, "solver": None}):
+                for name, value in options.items():
+                    setattr(model, name, value)
+                y = model(*graph)
+                y.sum().backward()
+                assert y.dtype == F64 and y.device.type == "cpu"
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(before)
 
 

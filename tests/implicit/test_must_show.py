@@ -36,6 +36,8 @@ from difflayers.implicit import (
     root_find_ex,
 )
 from difflayers.linalg import CG, GMRES, LU, linear_solve
+from difflayers.testing import saved_bytes
+from tests.modes import inference
 
 F64 = torch.float64
 
@@ -425,7 +427,7 @@ def test_a_starved_solver_always_warns(name):
         jacfwd(f)(b.detach()[0])
     with pytest.warns(SolveWarning), torch.no_grad():
         f(b.detach())
-    with pytest.warns(SolveWarning), torch.inference_mode():
+    with pytest.warns(SolveWarning), inference():
         f(b.detach().clone())
 
 
@@ -610,19 +612,10 @@ def test_gradgradcheck_of_the_system(grid):
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def saved_bytes(fn):
+def kept_bytes(run):
     """Bytes that autograd keeps for backward (a warm-up first: a function is checked for captured tensors once)."""
-    fn()
-    kept = []
-
-    def pack(t):
-        kept.append(t.numel() * t.element_size())
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = fn()
-    assert out.requires_grad
-    return sum(kept)
+    run()
+    return saved_bytes(run)[1]
 
 
 def picard(steps, adjoint):
@@ -642,7 +635,7 @@ def picard(steps, adjoint):
 
 
 def test_backward_memory_does_not_grow_with_the_steps():
-    few, many = (saved_bytes(lambda s=s: picard(s, Implicit())) for s in (10, 1000))
+    few, many = (kept_bytes(lambda s=s: picard(s, Implicit())) for s in (10, 1000))
     assert few == many > 0
     assert many <= 10 * (8 * 40 + 40 * 40) * 8  # a few copies of value and arguments
     with difflayers.trace() as solves:
@@ -652,12 +645,16 @@ def test_backward_memory_does_not_grow_with_the_steps():
 
 
 def test_unrolled_memory_grows_with_the_steps():
-    few, many = (saved_bytes(lambda s=s: picard(s, Unrolled(s))) for s in (10, 100))
+    few, many = (kept_bytes(lambda s=s: picard(s, Unrolled(s))) for s in (10, 100))
     assert many > 5 * few
 
 
 @pytest.mark.parametrize("solver", [Newton, Anderson, LBFGS])
 def test_saved_memory_of_the_other_solvers(solver):
+    if solver is Newton and torch.__version__ < "2.7":
+        pytest.skip(
+            "torch 2.6 keeps for good what a hook gave it for a vmapped backward pass (without hooks it does not)"
+        )
     b, W, *_ = thirty()
     form = {Newton: "root_find", Anderson: "fixed_point", LBFGS: "argmin"}[solver]
 
@@ -667,7 +664,7 @@ def test_saved_memory_of_the_other_solvers(solver):
             x, M = b.clone().requires_grad_(), W.clone().requires_grad_()
             return SYSTEM[form](x, M, solver=solver(max_steps=steps, rtol=0.0))
 
-    assert saved_bytes(lambda: run(3)) == saved_bytes(lambda: run(60))
+    assert kept_bytes(lambda: run(3)) == kept_bytes(lambda: run(60))
 
 
 # -------------------------------------------------------------------------------------------- unrolled against itself
@@ -760,7 +757,7 @@ def test_inference_mode_gives_the_same_values():
     b, W, *_ = thirty()
     for form in SYSTEM.values():
         want = form(b, W)
-        with torch.inference_mode():
+        with inference():
             torch.testing.assert_close(form(b, W), want, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(form(b.clone(), W.clone()), want, rtol=1e-12, atol=1e-12)
 

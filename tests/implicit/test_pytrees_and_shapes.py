@@ -362,13 +362,10 @@ def test_autocast_is_off_inside(form, solver):
 
 def test_default_dtype_and_device_do_not_leak_in():
     a = t(2.0, 10.0).requires_grad_()
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         y = root_find(lambda y, a: y**3 + y - a, torch.ones(2, dtype=F64, device="cpu"), (a,), event_ndim=0)
         (g,) = torch.autograd.grad(y.sum(), a, create_graph=True)
         (h,) = torch.autograd.grad(g.sum(), a)
-    finally:
-        torch.set_default_device("cpu")
     assert y.device.type == g.device.type == h.device.type == "cpu"
     torch.testing.assert_close(g.detach(), t(1 / 4, 1 / 13))
 
@@ -379,11 +376,8 @@ def test_meta_default_device_for_every_solver(form, solver):
     a = torch.linspace(-1, 1, 6, dtype=F64).reshape(2, 3).requires_grad_()
     init = torch.zeros(2, 3, dtype=F64)
     want = solve(fn, init, (a,), solver=solver).value
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         got = solve(fn, init, (a,), solver=solver).value
         (g,) = torch.autograd.grad(got.sum(), a, create_graph=True)
         torch.autograd.grad(g.sum(), a, allow_unused=True)
-    finally:
-        torch.set_default_device("cpu")
     assert torch.equal(got, want)

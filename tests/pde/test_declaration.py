@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.func import grad
 
 from difflayers.pde import (
     PDE,
@@ -232,6 +233,17 @@ def test_fixed_points_are_checked():
         Fixed(torch.zeros(1, 2)).face(pde, 0, False, LIKE)
     with pytest.raises(ValueError, match=r"expected points on that side, got one 0\.5 away"):
         Fixed(torch.zeros(1, 2), {"t=0": torch.tensor([[0.5, 0.0]])}).face(pde, 0, False, LIKE)
+
+
+def test_points_may_be_made_and_checked_inside_a_transform():
+    def total(x: Tensor) -> Tensor:
+        assert torch.equal(Grid(Box(x=(0.0, 1.0)), x=x).points(x), x.unsqueeze(-1))
+        Box(x=(0.0, 1.0)).check("points", x.unsqueeze(-1))
+        with pytest.raises(ValueError, match=r"points: expected points in Box.*got 1 outside, the first \[2.0\]"):
+            Box(x=(0.0, 1.0)).check("points", 2 * x.unsqueeze(-1))
+        return x.sum()
+
+    assert torch.equal(grad(total)(torch.tensor([0.0, 0.3, 1.0])), torch.ones(3))
 
 
 @pytest.mark.parametrize(

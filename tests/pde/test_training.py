@@ -136,6 +136,8 @@ def test_progress_bar(capsys, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------- resuming
 
 
+# SequentialLR of torch 2.6 steps in a way that torch itself has deprecated
+@pytest.mark.filterwarnings(r"ignore:The epoch parameter in `scheduler\.step\(\)` was not necessary:UserWarning")
 @pytest.mark.parametrize(
     ("optimizer", "scheduler"),
     [

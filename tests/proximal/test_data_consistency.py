@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import grad, vmap
 
-from difflayers import trace
+from difflayers import SolveError, trace
 from difflayers.proximal import DataConsistency, data_consistency, data_consistency_ex
+from difflayers.testing import saved_bytes
 
 F64 = torch.float64
 
@@ -131,19 +133,18 @@ def test_memory_is_independent_of_the_steps_unless_they_are_recorded():
     x.requires_grad_()
 
     def saved(**options):
-        seen = {}
-
-        def pack(t):
-            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            kept = data_consistency(lambda z: z @ A.mT, x, b, weight, **options)
-        del kept
-        return sum(seen.values())
+        return saved_bytes(lambda: data_consistency(lambda z: z @ A.mT, x, b, weight, **options))[1]
 
     assert saved(rtol=1e-2) == saved(rtol=1e-12)
     assert saved(max_steps=6) > saved(max_steps=2) > saved(rtol=1e-12)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, grad, vmap, lambda f: vmap(grad(f))])
+def test_failure_is_the_same_error_inside_a_transform(transform):
+    x = torch.ones(3, 2, dtype=F64)
+    run = transform(lambda x: data_consistency(lambda z: 1e200 * z, x, 1e200 * x, 1e200, max_steps=3).sum())
+    with pytest.raises(SolveError, match=r"data_consistency .* batch elements failed .*DIVERGED"):
+        run(x)
 
 
 def test_status_and_captured_tensors():

@@ -9,6 +9,7 @@ from torch.func import hessian, jacfwd, jacrev, vmap
 
 from difflayers import SolveError, SolveWarning
 from difflayers.proximal import FISTA, lasso, lasso_ex
+from difflayers.testing import saved_bytes
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 datasets = pytest.importorskip("sklearn.datasets")
@@ -102,27 +103,13 @@ def batch(count=256, n=64, p=256, dtype=F64, seed=0):
     return D.to(dtype), y.to(dtype)
 
 
-def saved_bytes(run):
-    """Memory that a forward pass keeps for its backward pass, with the caller's tensors left out."""
-    seen = {}
-
-    def pack(t):
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        kept = run()
-    del kept
-    return sum(seen.values())
-
-
 def test_memory_does_not_depend_on_the_steps():
     D, y = batch(32)
     D.requires_grad_()
-    few = saved_bytes(lambda: lasso(D, y, 0.1, solver=FISTA(proximal_steps=50)))
-    many = saved_bytes(lambda: lasso(D, y, 0.1, solver=FISTA(proximal_steps=1000, check_every=500)))
+    few = saved_bytes(lambda: lasso(D, y, 0.1, solver=FISTA(proximal_steps=50)))[1]
+    many = saved_bytes(lambda: lasso(D, y, 0.1, solver=FISTA(proximal_steps=1000, check_every=500)))[1]
     assert few == many
-    loops = [saved_bytes(lambda k=k: unrolled(D, y, 0.1, k)) for k in (50, 200)]
+    loops = [saved_bytes(lambda k=k: unrolled(D, y, 0.1, k))[1] for k in (50, 200)]
     assert loops[1] > 3 * loops[0] > 3 * few
 
 
@@ -284,3 +271,13 @@ def test_overflow_fails_honestly_and_alone():
     assert lasso_ex(D, y, 0.5).failed.tolist() == [False, True, False]
     codes = lasso(D, y, 0.5, on_failure="nan")
     assert torch.isfinite(torch.autograd.grad(codes[[0, 2]].sum(), D)[0]).all()
+
+
+def test_a_number_beside_half_precision_is_not_rounded():
+    D, y = (t.to(torch.bfloat16) for t in batch(4))
+    exact = lasso(D.float(), y.float(), 0.1)
+    assert torch.equal(lasso(D, y, 0.1), exact.to(torch.bfloat16))
+    rounded = lasso(D.float(), y.float(), float(torch.tensor(0.1).to(torch.bfloat16)))
+    assert not torch.equal(rounded.to(torch.bfloat16), exact.to(torch.bfloat16))
+    with pytest.raises(ValueError, match=r"penalty: expected dtype torch.bfloat16"):
+        lasso(D, y, torch.tensor(0.1))

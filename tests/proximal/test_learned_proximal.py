@@ -17,6 +17,7 @@ from difflayers.proximal import (
     proximal_matching_loss,
     train_proximal,
 )
+from tests.modes import inference
 
 F64 = torch.float64
 SHAPES = [3, (2, 5, 6)]
@@ -149,7 +150,7 @@ def test_forward_is_the_gradient_and_keeps_its_hands_off_the_input(shape):
     assert z.requires_grad and not x.requires_grad
     y = x.clone().requires_grad_()
     torch.testing.assert_close(z, torch.autograd.grad(prox.potential(y).sum(), y)[0])
-    for context in (torch.no_grad(), torch.inference_mode()):
+    for context in (torch.no_grad(), inference()):
         with context:
             silent = prox(x)
         assert not silent.requires_grad and not x.requires_grad

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from torch.func import grad
 
-from difflayers.relu import enumerate_gates, sample_gates
+from difflayers.relu import LInf, enumerate_gates, narrow_gates, sample_gates
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -34,6 +35,21 @@ def test_general_position_has_covers_number(n: int, d: int):
     # in one dimension all rows are parallel
     rank, rows = min(n, d), 1 if d == 1 else n
     assert gates.patterns.shape == (n, 2 * sum(math.comb(rows - 1, k) for k in range(rank)))
+
+
+def test_gates_of_data_that_are_differentiated():
+    X, own = normal(12, 6, 3), []
+
+    def total(X: torch.Tensor) -> torch.Tensor:
+        gates = enumerate_gates(X)
+        assert torch.equal(gates.vectors, own[0].vectors) and torch.equal(gates.patterns, own[0].patterns)
+        assert torch.equal(narrow_gates(X, gates, LInf(0.2)), narrow_gates(X, own[0], LInf(0.2)))
+        return (X @ gates.vectors.mT).relu().sum()
+
+    own.append(enumerate_gates(X))
+    narrow = narrow_gates(X, own[0], LInf(0.2))
+    assert narrow.any() and not narrow.all()
+    assert torch.allclose(grad(total)(X), own[0].patterns.double() @ own[0].vectors)
 
 
 GRID = torch.tensor(list(itertools.product([-1.0, 0.0, 1.0], repeat=3)), dtype=torch.float64)
@@ -118,3 +134,12 @@ def test_counts_are_checked():
         sample_gates(torch.ones(2, 2), 0)
     with pytest.raises(ValueError, match="max_draws: expected at least 0, got -1"):
         sample_gates(torch.ones(2, 2), 1, max_draws=-1)
+
+
+@pytest.mark.parametrize("make", [enumerate_gates, lambda X: sample_gates(X, 3)])
+def test_data_that_vmap_batches_are_refused(make):
+    def patterns(X: torch.Tensor) -> torch.Tensor:
+        return make(X).patterns
+
+    with pytest.raises(ValueError, match="X: expected data that vmap does not batch, got shape"):
+        torch.func.vmap(patterns, randomness="same")(torch.ones(2, 4, 3))

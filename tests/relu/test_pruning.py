@@ -14,6 +14,7 @@ from torch import Tensor
 
 from difflayers.relu import (
     ConvexReLUSolution,
+    Gates,
     Hinge,
     Logistic,
     TwoLayerReLU,
@@ -263,3 +264,15 @@ def test_data_of_another_problem_are_refused():
     for changed in ((X, y, 0.2), (X, -y, 0.1), (X.flip(0), y, 0.1)):
         with pytest.raises(ValueError, match="solution: expected the one of this X, y, beta"):
             prune_network(found, *changed, neurons=1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_neurons_that_reach_zero_together_do_so_exactly(seed: int):
+    """Four linear units with ``p_1 + p_2 = p_3 + p_4``: one pair can go, up to rounding that depends on the axes."""
+    axes = torch.linalg.qr(normal(seed, 3, 3)).Q
+    v = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 1, 0], [0, 0, 2]], dtype=torch.float64) @ axes
+    gates = Gates(axes[:1].expand(4, 3), torch.ones(3, 4, dtype=torch.bool))
+    zero = torch.zeros((), dtype=torch.float64)
+    minimal = minimal_network(ConvexReLUSolution(v, None, zero, zero, gates), normal(seed + 100, 3, 3))
+    assert len(active(minimal)) == 2
+    torch.testing.assert_close(minimal.v.sum(0), v.sum(0), rtol=1e-10, atol=1e-10)

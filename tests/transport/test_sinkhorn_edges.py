@@ -225,7 +225,7 @@ def test_out_of_reach_is_said():
         ({"a": A[:2]}, "a: expected batch dimensions"),
         ({"a": -A}, "a: expected masses of at least 0"),
         ({"b": torch.tensor([1.1, -0.1, 0.0], dtype=D)}, "b: expected masses of at least 0, got others in element 0"),
-        ({"a": A * 1.001}, "a, b: expected equal totals, or a penalty"),
+        ({"a": A * 1.001}, "a, b: expected equal totals, or a penalty rho_a or rho_b, got 1.001 and 1 in element 0"),
         ({"a": A * 0}, "a, b: expected equal totals, or a penalty"),
         ({"b": B * NAN}, "b: expected finite"),
         ({"eps": 0}, "eps: expected a number above 0, got 0"),

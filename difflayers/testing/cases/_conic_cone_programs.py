@@ -27,6 +27,7 @@ from difflayers.conic import (
     conic_program,
     conic_program_ex,
 )
+from difflayers.linalg._autodiff import opaque
 from difflayers.testing._case import Hostile, LayerCase, Wrong
 
 from ._common import normal, numbers, per_element
@@ -175,6 +176,7 @@ def _cvxpy_problem() -> tuple[Any, list[Any], list[Any]]:
     return cp.Problem(cp.Minimize(objective), [a @ x >= 1]), [a, c, weight], [x]
 
 
+@opaque  # Dynamo looks behind the cache and would follow CVXPY
 @functools.lru_cache
 def _layer(**options: Any) -> CvxpyLayer:
     return CvxpyLayer(*_cvxpy_problem(), **options)

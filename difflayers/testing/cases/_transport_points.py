@@ -45,7 +45,7 @@ def _called(make: Callable[..., Any], cost: Any = None, rows: int | None = None,
             ratio = (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True)).abs()
             b = b * torch.where(torch.isfinite(ratio), ratio, 1)
         cloud = PointCloud(x, y, SquaredEuclidean() if cost is None else cost, rows=rows)
-        return make(cloud, a, b, eps=eps, **dict(zip(("rho_a", "rho_b"), rho, strict=False)), **options)
+        return make(cloud, a, b, eps=eps, **dict(zip(("rho_a", "rho_b")[: len(rho)], rho, strict=True)), **options)
 
     return call
 

@@ -82,7 +82,7 @@ def _called(make: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         if not rho and (a.device, a.dtype) == (b.device, b.dtype):  # some clauses scale an input; totals must agree
             ratio = (a.sum(-1, keepdim=True) / b.sum(-1, keepdim=True)).abs()
             b = b * torch.where(torch.isfinite(ratio), ratio, 1)
-        return make(cost, a, b, eps=eps, **dict(zip(("rho_a", "rho_b"), rho, strict=False)), **options)
+        return make(cost, a, b, eps=eps, **dict(zip(("rho_a", "rho_b")[: len(rho)], rho, strict=True)), **options)
 
     return call
 
@@ -139,7 +139,7 @@ def _case(name: str, make: Callable[..., Any], inputs: tuple[Tensor, ...], oracl
     n, m = cost.shape[-2:]
 
     def plain(cost: Tensor, a: Tensor, b: Tensor, eps: Tensor, *rho: Tensor) -> Tensor:
-        return make(cost, a, b, eps=eps, **dict(zip(("rho_a", "rho_b"), rho, strict=False)), **options)
+        return make(cost, a, b, eps=eps, **dict(zip(("rho_a", "rho_b")[: len(rho)], rho, strict=True)), **options)
 
     common: dict[str, Any] = {
         "source": CUTURI if len(inputs) == 4 else CHIZAT,
