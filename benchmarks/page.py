@@ -46,9 +46,10 @@ the page from the stored results in `benchmarks/results/`.
 faster and below 1 the peer is. All contenders of a case run in one process, in an order drawn anew for each round; a
 sample lasts at least 20 ms. *Error* is the largest relative error over the tensors of a result, gradients included,
 against a reference that the benchmark computes in another way. A peer with a larger error than the benchmark's target
-has done another job: it is marked **inaccurate** and does not count as faster or slower. Where a benchmark sets no
-target, 1e-3 is taken. Peers marked **does less** do a part of the job only, such as the forward pass without what a
-gradient needs. *Memory* is the growth of the peak resident memory during one call; a dash: not measured.
+has done another job: it is marked **inaccurate** and does not count as faster or slower; nor do we count as faster
+where our own error is larger. Where a benchmark sets no target, 1e-3 is taken. Peers marked **does less** do a part of
+the job only, such as the forward pass without what a gradient needs. *Memory* is the growth of the peak resident memory
+during one call; a dash: not measured.
 """
 
 
@@ -116,9 +117,12 @@ def load(name: str, results: Path = RESULTS) -> Stored | None:
 
 
 def fastest(entries: Iterable[Entry]) -> Entry | None:
-    """The fastest right peer that does the whole job, or None."""
+    """The fastest right peer that does the whole job, or None; nor is there one to beat for an inaccurate result."""
+    entries = list(entries)
     peers = [e for e in entries if not e.ours and e.right and not e.less]
-    return min(peers, key=lambda e: e.ratio, default=None)
+    best = min(peers, key=lambda e: e.ratio, default=None)
+    ours_right = any(e.reference and e.right for e in entries)
+    return best if best is None or ours_right or best.ratio < 1 else None
 
 
 # ------------------------------------------------------------------------------------------------------------- words

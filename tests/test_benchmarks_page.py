@@ -4,7 +4,7 @@ import json
 
 from benchmarks.__main__ import NAMES
 from benchmarks.figures import FOLDER, digest, points
-from benchmarks.page import GROUPS, OTHERS, PAGE, RESULTS, figure_name, page
+from benchmarks.page import GROUPS, OTHERS, PAGE, RESULTS, Entry, fastest, figure_name, page
 
 
 def test_the_page_is_that_of_the_stored_results():
@@ -60,3 +60,15 @@ def test_a_peer_that_wins_stands_first_and_one_that_is_off_is_marked(tmp_path):
     assert "|  | slow | 3.00 | 3 s | 1e-08 | 2.0 MiB |  |" in rest
     assert r"|  | sloppy | 0.10 | 100 ms | 1e-02, **inaccurate** | - | tol 1\|2 |" in rest
     assert "|  | quick | **0.50** |" in rest and "|  | difflayers, another solver | 0.20 |" in rest
+
+
+def test_an_inaccurate_result_of_ours_beats_nobody():
+    names = ("case", "contender", "ours", "ratio_to_ours", "median_seconds", "relative_error", "target")
+
+    def entries(ours: float, ratio: float) -> list[Entry]:
+        rows = [row("c", "difflayers", 1, ours), row("c", "peer", ratio, 1e-8)]
+        return [Entry(*(r[name] for name in names), None, "") for r in rows]
+
+    assert fastest(entries(1e-3, 3.0)) is None
+    for beaten in (fastest(entries(1e-8, 3.0)), fastest(entries(1e-3, 0.5))):
+        assert beaten is not None and beaten.contender == "peer"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from difflayers.linalg._autodiff import physical
+from difflayers.linalg._autodiff import opaque, physical
 
 from ._conditions import Block, Condition
 
@@ -54,6 +54,7 @@ class Box:
         low, high = self.ends(points)
         return (2 * points - low - high) / (high - low)
 
+    @opaque  # Dynamo would warn of the flag that is read here
     def check(self, name: str, points: Tensor) -> None:
         """Refuses points of another dimension, or outside (by more than rounding). Reads data."""
         d = len(self.names)
