@@ -6,6 +6,7 @@
 import argparse
 import importlib
 import sys
+import traceback
 from pathlib import Path
 
 from benchmarks import figures, page
@@ -42,9 +43,18 @@ def main() -> int:
         results=HERE / "results" / "scratch" if arguments.scratch else HERE / "results",
         memory_of=tuple(arguments.memory_of) if arguments.memory_of else None,
     )
+    failed = []
     for name in arguments.names or NAMES:
-        importlib.import_module(f"benchmarks.bench_{name}").main(options)
-    return 0
+        try:
+            importlib.import_module(f"benchmarks.bench_{name}").main(options)
+        except Exception:  # hours of other benchmarks should not be lost to one
+            if options.memory_of is not None:
+                raise
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        print(f"failed, their stored results are as before: {' '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -140,9 +140,8 @@ class AsLooseAs:
                 error = relative_error(job(), self.reference)
             if self.job is None or error < best:
                 self.job, best = job, error
-                self.chosen = f"{self.label} " + (
-                    f"{tolerance:.0e}" if isinstance(tolerance, float) else f"{tolerance}"
-                )
+                small = isinstance(tolerance, float) and tolerance < 0.1
+                self.chosen = f"{self.label} " + (f"{tolerance:.0e}" if small else f"{tolerance}")
             if error <= self.target:
                 return
         self.chosen += f", does not reach {self.target:.0e}"

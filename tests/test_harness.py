@@ -2,10 +2,13 @@
 
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from benchmarks import __main__ as command_line
 from benchmarks.harness import AsLooseAs, Case, Contender, Options, Row, peak_memory, relative_error, run, table
 
 
@@ -56,6 +59,24 @@ def test_every_contender_gets_the_tolerance_it_needs():
     never = AsLooseAs(build, [1e-2, 1e-4], exact, 1e-9)
     assert relative_error(never(), exact) == pytest.approx(1e-4)
     assert never.settings() == "tol 1e-04, does not reach 1e-09"
+    large = AsLooseAs(lambda scaling: lambda: exact * scaling, [0.995], exact, 1e-2, "scaling")
+    large()
+    assert large.settings() == "scaling 0.995"
+
+
+def test_a_benchmark_that_fails_does_not_stop_the_others(monkeypatch, capsys):
+    ran = []
+
+    def fails(options):
+        raise RuntimeError("a peer is missing")
+
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_deq", SimpleNamespace(main=fails))
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_lasso", SimpleNamespace(main=ran.append))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "deq", "lasso"])
+    assert command_line.main() == 1
+    assert len(ran) == 1
+    said = capsys.readouterr().err
+    assert "a peer is missing" in said and said.endswith("failed, their stored results are as before: deq\n")
 
 
 def test_run_writes_what_a_reader_needs(tmp_path, capsys):
