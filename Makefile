@@ -25,8 +25,8 @@ help:
 	@echo "make lint      ruff, mypy, import-linter"
 	@echo "make format    let ruff repair what it can"
 	@echo "make docs      documentation, its examples in their quick form (docs/_build/html/)"
-	@echo "make gallery   documentation, its examples as they are meant: half an hour"
-	@echo "make bench     benchmarks against peers (benchmarks/results/, docs/benchmarks.md): hours"
+	@echo "make gallery   documentation, its examples as they are meant: twenty minutes"
+	@echo "make bench     benchmarks against peers (benchmarks/results/, docs/benchmarks.md): over an hour"
 	@echo "make integrity derivatives and failures of peers and ours (integrity/results.json, docs/integrity.md)"
 	@echo "make clean     remove what the targets above have made, .venv too"
 

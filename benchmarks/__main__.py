@@ -47,7 +47,7 @@ def main() -> int:
     for name in arguments.names or NAMES:
         try:
             importlib.import_module(f"benchmarks.bench_{name}").main(options)
-        except Exception:  # hours of other benchmarks should not be lost to one
+        except Exception:  # an hour of other benchmarks should not be lost to one
             if options.memory_of is not None:
                 raise
             traceback.print_exc()

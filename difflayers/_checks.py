@@ -113,11 +113,12 @@ def check_options(solver: Any, **least: int) -> None:
 
 @contextmanager
 def renamed(**names: str) -> Iterator[None]:
-    """Errors that name arguments of what is called name those of the caller instead."""
+    """Errors that name arguments of what is called, or items of them, name those of the caller instead."""
     try:
         yield
     except ValueError as error:
         argument, _, rest = str(error).partition(":")
-        if argument not in names:
-            raise
-        raise ValueError(f"{names[argument]}:{rest}") from None
+        for name, own in names.items():
+            if argument == name or argument.startswith(f"{name}["):
+                raise ValueError(f"{own}{argument.removeprefix(name)}:{rest}") from None
+        raise

@@ -315,5 +315,5 @@ def _refuse_infinite(where: str, length: Tensor, value: Tensor) -> None:
 def _scalar(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"loss output: expected a tensor, got {type(value).__name__}")
-    check_shape("loss output", value.shape, (), ", one number (take the mean or the sum),")
+    check_shape("loss output", value.shape, (), ", one number (take the mean or the sum)")
     return value

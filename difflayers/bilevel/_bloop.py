@@ -164,7 +164,7 @@ class Bloop:
         if not wanted:
             raise ValueError("variables: expected parameters that require a gradient, got none")
         for name, loss in (("main", main), ("aux", aux)):
-            check_shape(name, check_tensor(name, loss).shape, (), ", one number,")
+            check_shape(name, check_tensor(name, loss).shape, (), ", one number")
             if not loss.requires_grad:
                 raise ValueError(f"{name}: expected a loss that depends on the parameters, got one without a graph")
         leaves = [self._leaves[i] for i in wanted]

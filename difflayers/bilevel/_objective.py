@@ -178,9 +178,9 @@ class Objective:
         if not out.is_floating_point():
             raise ValueError(f"{self.name} output: expected a floating-point tensor, got {out.dtype}")
         if self.scalar and rows is not None:
-            check_shape(f"{self.name} output", out.shape, (rows,), ", one number a block,")
+            check_shape(f"{self.name} output", out.shape, (rows,), ", one number a block")
         elif self.scalar:
-            check_shape(f"{self.name} output", out.shape, (), ", one number (take the mean or the sum),")
+            check_shape(f"{self.name} output", out.shape, (), ", one number (take the mean or the sum)")
         return out
 
 

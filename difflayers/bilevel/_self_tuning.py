@@ -324,5 +324,5 @@ def _size(batch: Any) -> int:
 def _scalar(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} output: expected a tensor, got {type(value).__name__}")
-    check_shape(f"{name} output", value.shape, (), ", one number (take the mean over the samples),")
+    check_shape(f"{name} output", value.shape, (), ", one number (take the mean over the samples)")
     return value

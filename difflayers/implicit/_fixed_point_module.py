@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from difflayers._checks import compute_dtype
+from difflayers._checks import compute_dtype, renamed
 from difflayers._solution import OnFailure, Solution, check_policy
 from difflayers.linalg._autodiff import check_inference_mode, opaque, physical, plain
 
@@ -32,6 +32,7 @@ Tensors = dict[str, Tensor]
 Masks = dict[str, list[Tensor]]
 
 LAYER = replace(FIXED_POINT, name="FixedPoint", argument="module")
+NAMES = {"args[0]": "parameters", "args[1]": "buffers", "args[2]": "masks", "args[3]": "inputs"}  # in errors
 
 
 class FixedPoint(nn.Module):
@@ -194,17 +195,18 @@ class FixedPoint(nn.Module):
         if autocast:  # half-precision inputs meet float32 parameters; inside the solve autocast is off
             start, inputs = optree.tree_map(_lift, start), optree.tree_map(_lift, inputs)
         update, args = self._bind(start, inputs)
-        solution = solve_inner(
-            LAYER,
-            update,
-            start,
-            optree.tree_map(_lift, args) if autocast else args,
-            event_ndim=self.event_ndim,
-            arg_ndims=None,
-            solver=self.solver,
-            adjoint=self.adjoint,
-            on_failure=on_failure,
-        )
+        with renamed(**NAMES):
+            solution = solve_inner(
+                LAYER,
+                update,
+                start,
+                optree.tree_map(_lift, args) if autocast else args,
+                event_ndim=self.event_ndim,
+                arg_ndims=None,
+                solver=self.solver,
+                adjoint=self.adjoint,
+                on_failure=on_failure,
+            )
         if not autocast:
             return solution
         return replace(solution, value=optree.tree_map(lambda t, dtype: t.to(dtype), solution.value, dtypes))

@@ -333,7 +333,7 @@ def _flat_function(
         check_output_dtype(out, z, kind.argument)
         batch = z.shape[:-1]
         if kind.scalar:
-            check_shape(f"{kind.argument} output", out.shape, batch, ", one number per batch element,")
+            check_shape(f"{kind.argument} output", out.shape, batch, ", one number per batch element")
             return out
         if out.shape[: len(batch)] != batch or out.ndim != len(batch) + max(unknown.event_ndim, 1):
             want = (*batch, *["m"] * max(unknown.event_ndim, 1))

@@ -344,7 +344,7 @@ def _parts(objective: Objective, z: Tensor, x: Tensor, args: Any, event_ndim: in
     if not isinstance(value, Tensor):
         raise ValueError(f"objective output: expected a tensor, got {type(value).__name__}")
     batch = z.shape[: z.ndim - event_ndim]
-    check_shape("objective output", value.shape, batch, ", one number per batch element,")
+    check_shape("objective output", value.shape, batch, ", one number per batch element")
     return value, _per_element((z - x).square(), event_ndim) / 2
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -209,6 +210,10 @@ def test_init_is_used_and_optional():
         layer(torch.zeros(3, N, dtype=torch.int64))
     with pytest.raises(ValueError, match="module output: expected shape"):
         FixedPoint(nn.Linear(3, 2), init=lambda: torch.zeros(3))()
+    with pytest.raises(ValueError, match=r"^inputs\[0\]: expected finite numbers, got 1 NaN"):
+        layer(torch.tensor([math.nan] + [0.0] * (N - 1), dtype=F64))
+    with pytest.raises(ValueError, match=r"^parameters\['linear\.bias'\]: expected dtype torch.float32 as of init"):
+        layer(torch.zeros(3, N))
 
 
 def test_default_dtype_and_half():
